@@ -1,0 +1,230 @@
+"""The contract between a model and a device.
+
+A backend (`ReferenceOps`, `CpuOps`, later `CudaOps`) is an object built once. It owns its workspaces and the layout of
+prepared weights and of the KV cache; the model sees only the methods below. Shapes use these letters:
+
+    T   tokens in this step, of all sequences, back to back      R   rows to sample
+    S   sequences in this step                                   V   vocabulary size
+    H   hidden size        Hq, Hkv  query and key/value heads    D   head size
+    N, K  output and input features of a linear layer            I   intermediate size
+
+Row invariance is part of the contract of every method: the result of a row (a token, a sequence, a row to sample) has
+the same bits whatever other rows are in the call, and a token's K and V have the same bits whether its prompt arrived
+whole, in chunks, or was computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+QuantizationMode = Literal["none", "w8a16", "w8a8"]
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSpec:
+    """What one layer needs to remember of one token.
+
+    `sliding_window` is the number of most recent tokens (itself included) that a query attends to, or None for all.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+    sliding_window: int | None = None
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes that one block (`block_size` tokens, K and V) takes in this layer."""
+        return 2 * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCache(Protocol):
+    """One layer's K and V for `num_blocks` blocks. The layout belongs to the backend that allocated it."""
+
+    spec: KVCacheSpec
+    num_blocks: int
+
+
+class LinearWeight(Protocol):
+    """A weight of shape [N, K], in the layout and precision of the backend that prepared it."""
+
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTable:
+    """Cosines and sines of the rotary embedding (RoFormer, arXiv:2104.09864), scaling already applied.
+
+    cos, sin: float32 [max_positions, rotary_dim / 2]. The halves of a head's first `rotary_dim` elements are rotated
+    against each other (the `rotate_half` convention of the Hugging Face checkpoints); the rest passes unchanged.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many elements at the start of each head are rotated."""
+        return 2 * int(self.cos.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionMetadata:
+    """Where each token of a step stands and where its sequence's K and V lie. Host integers, no device work.
+
+    Sequence s has `query_lens[s]` new tokens, which are the last of its `seq_lens[s]` tokens; those before are in the
+    cache already. Token positions, and the slots to write, follow from that:
+    position = seq_len - query_len + i, slot = block_table[position // block_size] * block_size + position % block_size.
+
+    query_lens   new tokens of each sequence, each >= 1; sum T
+    seq_lens     tokens of each sequence, new ones included
+    block_tables ids of the blocks of each sequence, at least ceil(seq_len / block_size) of them
+    """
+
+    query_lens: Sequence[int]
+    seq_lens: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+    block_size: int
+
+
+# What a backend makes of AttentionMetadata once a step, for all layers: index tensors on its device, in its layout.
+AttentionPlan = Any
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMetadata:
+    """How each of R rows is to be sampled. Host values; a backend moves what it needs in one upload.
+
+    Per row, length R:
+      seeds          64-bit seed, 0 <= seed < 2^64
+      positions      index of the drawn token in its output (0 for the first); with the seed and the choice it is the
+                     whole state of the random generator
+      choices        index of the choice among the n of its request
+      temperatures   0 is exact argmax (lowest id on a tie)
+      top_ks         0 is off
+      top_ps, typical_ps   1.0 is off;  min_ps  0.0 is off
+      repetition_penalties 1.0 is off;  presence_penalties, frequency_penalties  0.0 is off
+
+    Sparse, row index first:
+      biases         (row, token id, value added to the logit); -inf forbids a token (`min_new_tokens`, bad words)
+      allowed        row -> the only token ids allowed
+      prompt_tokens, output_tokens   row -> token ids so far, present only for rows with a penalty that is on
+    """
+
+    seeds: Sequence[int]
+    positions: Sequence[int]
+    choices: Sequence[int]
+    temperatures: Sequence[float]
+    top_ks: Sequence[int]
+    top_ps: Sequence[float]
+    min_ps: Sequence[float]
+    typical_ps: Sequence[float]
+    repetition_penalties: Sequence[float]
+    presence_penalties: Sequence[float]
+    frequency_penalties: Sequence[float]
+    biases: Sequence[tuple[int, int, float]] = ()
+    allowed: dict[int, Sequence[int]] = field(default_factory=dict)
+    prompt_tokens: dict[int, Sequence[int]] = field(default_factory=dict)
+    output_tokens: dict[int, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """token_ids: int64 [R]; undefined where `finite` is false.
+
+    finite: bool [R]: false where the row's logits, before any filter, held a NaN or an infinity.
+    """
+
+    token_ids: Tensor
+    finite: Tensor
+
+
+class Ops(Protocol):
+    """Every operation that a decoder needs, for one device.
+
+    Activations are [T, ...] in `dtype` on `device`. Methods return new tensors unless they say that they write in
+    place; a returned tensor may live in a workspace of the backend and is valid until the next call of the same
+    method. Bad input raises ValueError that names the argument.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+    ) -> LinearWeight:
+        """Take a weight [N, K] (and bias [N]) in its checkpoint's dtype; return it in this backend's layout."""
+        ...
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> KVCache:
+        """Allocate one layer's cache, zeroed."""
+        ...
+
+    def plan(self, metadata: AttentionMetadata) -> AttentionPlan:
+        """Prepare what `write_kv` and `paged_attention` need in every layer of this step. Call once a step."""
+        ...
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> [T, H]."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight, statistics in float32 (arXiv:1910.07467)."""
+        ...
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
+        ...
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32 or wider."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (SwiGLU, arXiv:2002.05202)."""
+        ...
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: RotaryTable,
+        kv_cache: KVCache,
+        plan: AttentionPlan,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Normalize (if asked) and rotate query and key, write key and value to their slots, return the query.
+
+        query [T, Hq, D], key and value [T, Hkv, D], possibly views of one packed projection; query_norm, key_norm:
+        weights [D] of a per-head RMSNorm that precedes the rotation (Qwen3). Returns [T, Hq, D].
+        """
+        ...
+
+    def paged_attention(
+        self, query: Tensor, kv_cache: KVCache, plan: AttentionPlan, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """Causal attention of each token over its own sequence, read from the cache, its own K and V included.
+
+        query [T, Hq, D] -> [T, Hq * D]. Query head h reads KV head h // (Hq / Hkv). Scores are scaled, then capped by
+        softcap * tanh(score / softcap) if given; softmax and sums in float32. The layer's sliding window is in
+        `kv_cache.spec`.
+        """
+        ...
+
+    def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SampleResult:
+        """logits [R, V] -> one token a row, by the integer rule of docs/design.md ("Sampling").
+
+        Order: bias and allowed ids, penalties, temperature, top-k, top-p, min-p, typical-p. A row's NaN touches no
+        other row.
+        """
+        ...
