@@ -1,0 +1,59 @@
+"""The engine's settings, resolved once and never changed afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of a step and of the pool.
+
+    num_blocks, block_size    the KV pool, in blocks of block_size tokens
+    max_model_len             tokens of one sequence, prompt and output
+    max_running               requests in one step at most
+    max_tokens_per_step       tokens computed in one step at most
+    mixed_step_tokens         prompt tokens beside running streams at most, so that a long prompt does not stall them
+    pipeline_depth            steps that may be planned before the first one's result is known: 1, or 2
+    priority_aging_steps      a waiting request gains one priority for this many steps: nothing starves
+    prefix_caching            whether finished prefixes are looked up and kept
+    eos_token_ids             the model's end-of-sequence tokens
+    """
+
+    num_blocks: int
+    block_size: int = 16
+    max_model_len: int = 1024
+    max_running: int = 64
+    max_tokens_per_step: int = 2048
+    mixed_step_tokens: int = 256
+    pipeline_depth: int = 1
+    priority_aging_steps: int = 64
+    prefix_caching: bool = True
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the parent process asks of the engine. None means: the engine decides, and says what in `Ready`.
+
+    model             a folder, a Hub id, or the name of the embedded model
+    max_model_len     None: what the model was made for, as far as the memory carries one such sequence
+    kv_cache_bytes    None: a share of the memory that is free once the weights are loaded
+    threads           CPU threads of the engine; None: the physical cores this process may use
+    """
+
+    model: str = "stet-tales"
+    revision: str | None = None
+    offline: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = "none"
+    max_model_len: int | None = None
+    block_size: int = 16
+    kv_cache_bytes: int | None = None
+    max_running: int = 64
+    max_tokens_per_step: int = 2048
+    mixed_step_tokens: int = 256
+    prefix_caching: bool = True
+    threads: int | None = None
+    heartbeat_seconds: float = 0.2

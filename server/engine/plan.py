@@ -1,0 +1,81 @@
+"""What passes between the scheduler and the device: a plan of one step, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.engine.request import FinishReason, Request
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRequest:
+    """One request's share of a step: compute positions start to start + num_new_tokens - 1.
+
+    block_ids      its blocks at this step, enough for every position up to the last one computed
+    samples        whether the last position computed is the sequence's last token, so that a token is drawn
+    output_index   index, in the request's output, of the token drawn (when `samples`)
+    num_inflight   how many of the last tokens to compute are not known yet when this plan is made, because they are
+                   drawn by steps still in flight: 0, or 1 at pipeline depth 2 (the input token then comes from the
+                   previous step's samples, on the device)
+    """
+
+    request: Request
+    start: int
+    num_new_tokens: int
+    block_ids: tuple[int, ...]
+    samples: bool
+    output_index: int
+    num_inflight: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step: requests in a fixed order, back to back. Never empty.
+
+    preempted_ids: requests that gave their blocks back for this step, for the log.
+    """
+
+    step_id: int
+    requests: tuple[PlannedRequest, ...]
+    preempted_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions computed in this step."""
+        return sum(planned.num_new_tokens for planned in self.requests)
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What a step made of one planned request.
+
+    token_ids  tokens drawn: none if the plan said so or on an error; one today; several with speculative decoding
+    error      why this request cannot go on (a NaN in its row), or None
+    """
+
+    request_id: int
+    token_ids: tuple[int, ...]
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Results in the order of the plan's requests."""
+
+    step_id: int
+    rows: tuple[RowResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What the outside learns of one request from one step: its new tokens, and its end.
+
+    stop_token_id  the token that ended it, when finish_reason is STOP (it is the last of token_ids)
+    error          for the log, when finish_reason is ERROR
+    """
+
+    request: Request
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
