@@ -211,7 +211,12 @@ class Ops(Protocol):
         ...
 
     def paged_attention(
-        self, query: Tensor, kv_cache: KVCache, plan: AttentionPlan, scale: float, softcap: float | None = None
+        self,
+        query: Tensor,
+        kv_cache: KVCache,
+        plan: AttentionPlan,
+        scale: float,
+        softcap: float | None = None,
     ) -> Tensor:
         """Causal attention of each token over its own sequence, read from the cache, its own K and V included.
 

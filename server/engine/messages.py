@@ -186,17 +186,19 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 def decode_to_engine(body: bytes) -> ToEngine:
     """The message in a frame's body. Raises FrameError."""
     try:
-        return _to_engine.decode(body)
+        message: ToEngine = _to_engine.decode(body)
     except msgspec.MsgspecError as error:
         raise FrameError(f"undecodable frame: {error}") from error
+    return message
 
 
 def decode_from_engine(body: bytes) -> FromEngine:
     """The message in a frame's body. Raises FrameError."""
     try:
-        return _from_engine.decode(body)
+        message: FromEngine = _from_engine.decode(body)
     except msgspec.MsgspecError as error:
         raise FrameError(f"undecodable frame: {error}") from error
+    return message
 
 
 class FrameBuffer:
