@@ -47,15 +47,29 @@ class KVCacheSpec:
 class KVCache(Protocol):
     """One layer's K and V for `num_blocks` blocks. The layout belongs to the backend that allocated it."""
 
-    spec: KVCacheSpec
-    num_blocks: int
+    @property
+    def spec(self) -> KVCacheSpec:
+        """What this layer remembers of a token."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks were allocated."""
+        ...
 
 
 class LinearWeight(Protocol):
     """A weight of shape [N, K], in the layout and precision of the backend that prepared it."""
 
-    out_features: int
-    in_features: int
+    @property
+    def out_features(self) -> int:
+        """N."""
+        ...
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,219 @@
+"""ReferenceOps: every operation in readable float32 torch. The truth that the other backends are tested against.
+
+Written for the reader, one sequence at a time, without workspaces or layouts. It is the one backend that does not
+promise row invariance to the bit: its matrix products are whatever torch picks for their shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.checks import check_attention
+from kernels.ops import (
+    AttentionMetadata,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    QuantizationMode,
+    RotaryTable,
+    SampleResult,
+    SamplingMetadata,
+)
+from kernels.philox import random_31_bits
+from kernels.sampling import check_sampling, draw, kept_weights
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceLinear:
+    """weight float32 [N, K], bias float32 [N] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return int(self.weight.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return int(self.weight.shape[1])
+
+
+@dataclass(slots=True)
+class ReferenceKVCache:
+    """keys, values: [num_blocks, block_size, Hkv, D] in `spec.dtype`."""
+
+    spec: KVCacheSpec
+    num_blocks: int
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ReferencePlan:
+    """Per sequence: how many tokens are new, and the slot of each of its tokens, old ones included."""
+
+    query_lens: list[int]
+    slots: list[Tensor]
+    block_size: int
+    largest_block: int
+
+
+class ReferenceOps:
+    """The operations of `kernels.ops.Ops` on the CPU, in float32."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+    ) -> LinearWeight:
+        """Convert to float32. Raises ValueError for any mode but "none"."""
+        if mode != "none":
+            raise ValueError(f"mode {mode!r} is not built for the reference backend; use 'none'")
+        if weight.dim() != 2:
+            raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
+        return ReferenceLinear(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> ReferenceKVCache:
+        """Zeros, [num_blocks, block_size, Hkv, D], for keys and for values."""
+        shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        keys, values = torch.zeros(shape, dtype=spec.dtype), torch.zeros(shape, dtype=spec.dtype)
+        return ReferenceKVCache(spec, num_blocks, keys, values)
+
+    def plan(self, metadata: AttentionMetadata) -> ReferencePlan:
+        """Find the slot of every token of every sequence."""
+        largest_block = check_attention(metadata)
+        slots = []
+        for seq_len, table in zip(metadata.seq_lens, metadata.block_tables, strict=True):
+            positions = torch.arange(seq_len)
+            blocks = torch.tensor(list(table))[positions // metadata.block_size]
+            slots.append(blocks * metadata.block_size + positions % metadata.block_size)
+        return ReferencePlan(list(metadata.query_lens), slots, metadata.block_size, largest_block)
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> [T, H]."""
+        return F.embedding(token_ids, weight).to(self.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
+        x = x.to(self.dtype)
+        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(self.dtype)
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
+        total = x.to(self.dtype) + residual.to(self.dtype)
+        return self.rms_norm(total, weight, eps), total
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """x [T, K] -> x @ W^T + bias, [T, N]."""
+        if not isinstance(weight, ReferenceLinear):
+            raise ValueError("weight was not made by this backend's prepare_linear")
+        return F.linear(x.to(self.dtype), weight.weight, weight.bias)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
+        gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: RotaryTable,
+        kv_cache: KVCache,
+        plan: ReferencePlan,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Normalize (if asked), rotate, write K and V to their slots; return the query, float32 [T, Hq, D]."""
+        cache = _own_cache(kv_cache, plan)
+        tokens = sum(plan.query_lens)
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.dim() != 3 or tensor.shape[0] != tokens:
+                raise ValueError(f"{name} must be [{tokens}, heads, D], got {tuple(tensor.shape)}")
+        longest = max(len(s) for s in plan.slots)
+        if longest > rotary.cos.shape[0]:
+            raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {longest} tokens")
+        query, key = query.to(self.dtype), key.to(self.dtype)
+        if query_norm is not None:
+            query = self.rms_norm(query, query_norm, eps)
+        if key_norm is not None:
+            key = self.rms_norm(key, key_norm, eps)
+
+        pairs = list(zip(plan.query_lens, plan.slots, strict=True))
+        positions = torch.cat([torch.arange(len(slots) - new, len(slots)) for new, slots in pairs])
+        new_slots = torch.cat([slots[len(slots) - new :] for new, slots in pairs])
+        key = _rotate(key, rotary, positions)
+        cache.keys.flatten(0, 1)[new_slots] = key.to(cache.spec.dtype)
+        cache.values.flatten(0, 1)[new_slots] = value.to(cache.spec.dtype)
+        return _rotate(query, rotary, positions)
+
+    def paged_attention(
+        self, query: Tensor, kv_cache: KVCache, plan: ReferencePlan, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """query [T, Hq, D] -> [T, Hq * D]: causal attention, one sequence after the other."""
+        cache = _own_cache(kv_cache, plan)
+        heads, kv_heads = query.shape[1], cache.spec.num_kv_heads
+        if heads % kv_heads != 0:
+            raise ValueError(f"query has {heads} heads, not a multiple of the cache's {kv_heads}")
+        outputs = []
+        for q, slots in zip(torch.split(query.to(self.dtype), plan.query_lens), plan.slots, strict=True):
+            length, new = len(slots), len(q)
+            k = cache.keys.flatten(0, 1)[slots].to(self.dtype)
+            v = cache.values.flatten(0, 1)[slots].to(self.dtype)
+            k = k.repeat_interleave(heads // kv_heads, dim=1)  # [L, Hq, D]
+            v = v.repeat_interleave(heads // kv_heads, dim=1)
+            scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            distance = torch.arange(length - new, length)[:, None] - torch.arange(length)[None, :]
+            visible = distance >= 0
+            if cache.spec.sliding_window is not None:
+                visible &= distance < cache.spec.sliding_window
+            probabilities = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+            outputs.append(torch.einsum("hqk,khd->qhd", probabilities, v))
+        return torch.cat(outputs).flatten(1)
+
+    def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SampleResult:
+        """logits [R, V] -> one token a row, by the rule of `kernels.sampling`.
+
+        A row that is not finite, or of which every token is forbidden, gives id 0.
+        """
+        if logits.dim() != 2:
+            raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
+        rows, vocab = logits.shape
+        check_sampling(metadata, rows, vocab)
+        finite = torch.isfinite(logits).all(-1)
+        values = logits.to(torch.float32).numpy()
+        random = random_31_bits(metadata.seeds, metadata.positions, metadata.choices)
+        tokens = [draw(kept_weights(values[r], metadata, r), int(random[r])) for r in range(rows)]
+        return SampleResult(torch.tensor(tokens, dtype=torch.int64), finite)
+
+
+def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:
+    """Check that the cache is ours and fits the plan."""
+    if not isinstance(kv_cache, ReferenceKVCache):
+        raise ValueError("kv_cache was not allocated by this backend")
+    if plan.block_size != kv_cache.spec.block_size:
+        raise ValueError(f"plan has block size {plan.block_size}, kv_cache {kv_cache.spec.block_size}")
+    if plan.largest_block >= kv_cache.num_blocks:
+        raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {kv_cache.num_blocks} blocks")
+    return kv_cache
+
+
+def _rotate(x: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:
+    """Rotate the first `rotary_dim` elements of each head of x [T, heads, D] by the angle of its position."""
+    half = rotary.rotary_dim // 2
+    cos, sin = rotary.cos[positions][:, None, :], rotary.sin[positions][:, None, :]
+    first, second, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
