@@ -39,6 +39,7 @@ class EngineConfig:
     model             a folder, a Hub id, or the name of the embedded model
     max_model_len     None: what the model was made for, as far as the memory carries one such sequence
     kv_cache_bytes    None: a share of the memory that is free once the weights are loaded
+    mixed_step_tokens None: measured at warm-up
     threads           CPU threads of the engine; None: the physical cores this process may use
     """
 
@@ -53,7 +54,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     max_running: int = 64
     max_tokens_per_step: int = 2048
-    mixed_step_tokens: int = 256
+    mixed_step_tokens: int | None = None
     prefix_caching: bool = True
     threads: int | None = None
     heartbeat_seconds: float = 0.2

@@ -12,6 +12,7 @@ import struct
 import msgspec
 
 from server.engine.config import EngineConfig
+from server.engine.identity import Identity
 from server.engine.request import FinishReason, SamplingParams
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
@@ -42,22 +43,6 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish the step in flight and exit."""
-
-
-class Identity(msgspec.Struct, frozen=True):
-    """What the tokens are a function of, beside the request: shown in /info."""
-
-    model: str
-    architecture: str
-    weights_hash: str
-    num_parameters: int
-    dtype: str
-    kv_cache_dtype: str
-    quantization: str
-    device: str
-    instruction_set: str
-    threads: int
-    versions: dict[str, str]
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

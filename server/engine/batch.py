@@ -1,0 +1,91 @@
+"""From the plan of a step to what the model and the sampler take: host integers in, host values and one tensor out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionMetadata, SamplingMetadata
+from server.engine.plan import PlannedRequest, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input. T tokens of all planned requests back to back, R of them to sample from.
+
+    token_ids    int64 [T]
+    attention    where each token stands and where its K and V lie
+    last_tokens  for each planned request, the index in T of its last token
+    sample_rows  the indices in T whose logits are needed, one for each planned request that samples, in plan order
+    sampling     how to draw from those rows; None when no request samples
+    """
+
+    token_ids: Tensor
+    attention: AttentionMetadata
+    last_tokens: list[int]
+    sample_rows: list[int]
+    sampling: SamplingMetadata | None
+
+
+def build_batch(plan: StepPlan, block_size: int, eos_token_ids: Sequence[int]) -> Batch:
+    """Lay the planned requests out back to back, in plan order."""
+    token_ids: list[int] = []
+    query_lens: list[int] = []
+    seq_lens: list[int] = []
+    block_tables: list[Sequence[int]] = []
+    last_tokens: list[int] = []
+    sample_rows: list[int] = []
+    for planned in plan.requests:
+        stop = planned.start + planned.num_new_tokens
+        token_ids += planned.request.token_ids(planned.start, stop)
+        query_lens.append(planned.num_new_tokens)
+        seq_lens.append(stop)
+        block_tables.append(planned.block_ids)
+        last_tokens.append(len(token_ids) - 1)
+        if planned.samples:
+            sample_rows.append(len(token_ids) - 1)
+    sampled = [planned for planned in plan.requests if planned.samples]
+    return Batch(
+        token_ids=torch.tensor(token_ids, dtype=torch.int64),
+        attention=AttentionMetadata(query_lens, seq_lens, block_tables, block_size),
+        last_tokens=last_tokens,
+        sample_rows=sample_rows,
+        sampling=_sampling(sampled, eos_token_ids) if sampled else None,
+    )
+
+
+def _sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[int]) -> SamplingMetadata:
+    params = [planned.request.params for planned in sampled]
+    biases: list[tuple[int, int, float]] = []
+    prompt_tokens: dict[int, Sequence[int]] = {}
+    output_tokens: dict[int, Sequence[int]] = {}
+    for row, planned in enumerate(sampled):
+        request = planned.request
+        biases += [(row, token_id, bias) for token_id, bias in request.params.logit_bias]
+        if planned.output_index < request.params.min_new_tokens:
+            # Before the minimum, no token that would end the choice may be drawn.
+            ending = dict.fromkeys((*eos_token_ids, *request.params.stop_token_ids))
+            biases += [(row, token_id, -math.inf) for token_id in ending]
+        if request.params.has_penalties:
+            prompt_tokens[row] = request.prompt_token_ids
+            output_tokens[row] = request.output_token_ids[: planned.output_index]
+    return SamplingMetadata(
+        seeds=[p.seed for p in params],
+        positions=[planned.output_index for planned in sampled],
+        choices=[planned.request.choice for planned in sampled],
+        temperatures=[p.temperature for p in params],
+        top_ks=[p.top_k for p in params],
+        top_ps=[p.top_p for p in params],
+        min_ps=[p.min_p for p in params],
+        typical_ps=[p.typical_p for p in params],
+        repetition_penalties=[p.repetition_penalty for p in params],
+        presence_penalties=[p.presence_penalty for p in params],
+        frequency_penalties=[p.frequency_penalty for p in params],
+        biases=biases,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+    )

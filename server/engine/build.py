@@ -1,0 +1,188 @@
+"""From settings to a warm EngineCore: pick the device, load the weights, size the KV cache, run the first steps.
+
+`build_engine` is what the engine process, the tests and the benchmarks all call; it needs no web package.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from kernels.cpu import CpuOps
+from kernels.ops import Ops
+from models.errors import ModelError
+from models.layers import DecoderModel
+from models.loader import LoadProgress, load_model, resolve_model, weights_hash
+from server.engine.config import EngineConfig, SchedulerConfig
+from server.engine.core import EngineCore
+from server.engine.identity import Identity
+from server.engine.memory import MemorySettingError, available_memory_bytes, plan_kv_cache
+from server.engine.plan import PlannedRequest, StepPlan
+from server.engine.request import Request, SamplingParams
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.version import VERSION
+
+# report(phase, message, fraction): phase is "load" or "warmup"; fraction is None where it cannot be told.
+Report = Callable[[str, str, float | None], None]
+
+# How long a step with running streams may take on account of a prompt beside them, as a multiple of a decode step and
+# at least this many seconds: short enough not to be seen in a stream, long enough not to waste a step's fixed cost.
+MIXED_STEP_DECODE_STEPS = 2.0
+MIXED_STEP_MIN_SECONDS = 0.025
+
+
+class StartupError(Exception):
+    """The engine cannot start with these settings: one line for a person, with what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A warm core and what there is to say about it.
+
+    memory_bytes: what each kind takes: weights, kv_cache, workspace. startup_seconds: how long each part took.
+    """
+
+    core: EngineCore
+    identity: Identity
+    scheduler_config: SchedulerConfig
+    vocab_size: int
+    model_path: Path
+    memory_bytes: dict[str, int]
+    startup_seconds: dict[str, float]
+
+
+def build_engine(
+    config: EngineConfig,
+    report: Report = lambda phase, message, fraction: None,
+    on_step_start: Callable[[int, float], None] = lambda step_id, predicted: None,
+) -> Engine:
+    """Load the model of `config` and warm it up. Raises StartupError."""
+    try:
+        return _build(config, report, on_step_start)
+    except (ModelError, MemorySettingError) as error:
+        raise StartupError(str(error)) from error
+
+
+def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, float], None]) -> Engine:
+    started = time.perf_counter()
+    ops = _make_ops(config)
+    path = resolve_model(
+        config.model,
+        config.revision,
+        offline=config.offline,
+        progress=lambda message: report("load", message, None),
+    )
+
+    def loaded(progress: LoadProgress) -> None:
+        report("load", f"loading {config.model}", progress.loaded_bytes / max(progress.total_bytes, 1))
+
+    if config.quantization != "none":
+        raise StartupError(f"--quantization {config.quantization} is not built yet: use none")
+    model = load_model(path, ops, progress=loaded)
+    seconds = {"load": time.perf_counter() - started}
+
+    kv_plan = plan_kv_cache(
+        model.kv_cache_specs(config.block_size, ops.dtype),
+        config,
+        model.config.max_position_embeddings,
+        available_memory_bytes(),
+    )
+    eos_token_ids = model.config.eos_token_ids
+    runner = Runner(model, ops, kv_plan.num_blocks, config.block_size, eos_token_ids)
+
+    warmup_started = time.perf_counter()
+    report("warmup", "running the first steps", None)
+    scheduler_config = SchedulerConfig(
+        num_blocks=kv_plan.num_blocks,
+        block_size=config.block_size,
+        max_model_len=kv_plan.max_model_len,
+        max_running=config.max_running,
+        max_tokens_per_step=config.max_tokens_per_step,
+        mixed_step_tokens=config.mixed_step_tokens or config.max_tokens_per_step,
+        prefix_caching=config.prefix_caching,
+        eos_token_ids=eos_token_ids,
+    )
+    measured = _warm_up(runner, scheduler_config)
+    if config.mixed_step_tokens is None:
+        scheduler_config = replace(scheduler_config, mixed_step_tokens=measured.mixed_step_tokens(config.block_size))
+    seconds["warmup"] = time.perf_counter() - warmup_started
+
+    return Engine(
+        core=EngineCore(runner, Scheduler(scheduler_config), on_step_start=on_step_start),
+        identity=_identity(config, ops, model, path),
+        scheduler_config=scheduler_config,
+        vocab_size=model.config.vocab_size,
+        model_path=path,
+        memory_bytes={"weights": model.weight_bytes, "kv_cache": kv_plan.kv_cache_bytes},
+        startup_seconds=seconds,
+    )
+
+
+def _make_ops(config: EngineConfig) -> Ops:
+    if config.device not in ("auto", "cpu"):
+        raise StartupError(f"--device {config.device} is not supported: this build runs on cpu")
+    dtypes = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if config.dtype not in dtypes:
+        raise StartupError(f"--dtype {config.dtype} is not supported on cpu: choose one of {', '.join(dtypes)}")
+    return CpuOps(threads=config.threads, dtype=dtypes[config.dtype])
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """What the first steps took, in seconds: one decode row, and a prompt of `prefill_tokens`."""
+
+    decode_seconds: float
+    prefill_seconds: float
+    prefill_tokens: int
+
+    def mixed_step_tokens(self, block_size: int) -> int:
+        """How many prompt tokens may share a step with running streams: whole blocks, at least one."""
+        allowance = max(MIXED_STEP_MIN_SECONDS, MIXED_STEP_DECODE_STEPS * self.decode_seconds)
+        tokens = int(allowance * self.prefill_tokens / self.prefill_seconds)
+        return max(tokens // block_size, 1) * block_size
+
+
+def _warm_up(runner: Runner, config: SchedulerConfig) -> WarmUp:
+    """Touch the weights and the operators' caches, then time one prompt and one decode step.
+
+    The plans are made by hand on blocks that nobody owns yet; their contents are overwritten before they are read.
+    """
+    prompt_len = max(1, min(256, config.max_model_len - 2, config.max_tokens_per_step))
+    blocks = tuple(range(-(-(prompt_len + 1) // config.block_size)))
+    sampling = SamplingParams(max_new_tokens=2, temperature=1.0, top_k=50, top_p=0.9)
+    request = Request(0, [0] * prompt_len, sampling, output_token_ids=[0])
+
+    def timed(start: int, num_new_tokens: int, samples: bool) -> float:
+        planned = PlannedRequest(request, start, num_new_tokens, blocks, samples, output_index=1)
+        began = time.perf_counter()
+        runner.run(StepPlan(0, (planned,)))
+        return time.perf_counter() - began
+
+    for _ in range(2):
+        prefill = timed(0, prompt_len, False)
+        decode = min(timed(prompt_len, 1, True) for _ in range(2))
+    return WarmUp(decode, prefill, prompt_len)
+
+
+def _identity(config: EngineConfig, ops: Ops, model: DecoderModel, path: Path) -> Identity:
+    dtype = str(ops.dtype).removeprefix("torch.")
+    return Identity(
+        model=config.model,
+        architecture=model.config.architecture,
+        weights_hash=weights_hash(path),
+        num_parameters=model.num_parameters,
+        dtype=dtype,
+        kv_cache_dtype=dtype,
+        quantization="none",
+        device=f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        versions={"stet": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+    )

@@ -1,0 +1,328 @@
+"""The engine process: `python -m server.engine.process FD`, started by the supervisor with one inherited socket.
+
+The main thread reads messages, steps the core and sends what came of it; one more thread sends a heartbeat, so that it
+is heard during a long step. When the socket ends, so does this process: it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from server.engine.messages import (
+    Abort,
+    Delta,
+    Failed,
+    FirstToken,
+    FrameBuffer,
+    FromEngine,
+    Heartbeat,
+    Init,
+    Progress,
+    Ready,
+    Shutdown,
+    StepOutput,
+    StepStats,
+    Submit,
+    ToEngine,
+    decode_to_engine,
+    encode,
+)
+from server.engine.request import FinishReason, Request
+from server.engine.scheduler import AdmissionError
+
+if TYPE_CHECKING:
+    from server.engine.build import Engine
+    from server.engine.core import EngineCore, StepOutcome
+
+logger = logging.getLogger("stet.engine")
+
+# Above this the loop waits for the parent to read before it steps again.
+MAX_OUTBOX_BYTES = 16 * 1024 * 1024
+
+
+class ConnectionClosed(Exception):
+    """The parent is gone."""
+
+
+class Connection:
+    """The child's end of the socket pair: whole frames in and out, never blocking in `send`.
+
+    `send` may be called from any thread. `receive` belongs to one thread. Both raise ConnectionClosed.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._inbox = FrameBuffer()
+        self._outbox = bytearray()
+        self._lock = threading.Lock()
+
+    def send(self, message: FromEngine) -> None:
+        """Append a frame and write what the socket takes; the rest goes out with the next call of either method."""
+        frame = encode(message)
+        with self._lock:
+            self._outbox += frame
+            self._flush()
+
+    def receive(self, *, wait: bool) -> Iterator[ToEngine]:
+        """Messages that have arrived. With `wait`, or with too much unsent, sleep until the socket has something."""
+        while True:
+            with self._lock:
+                self._flush()
+                unsent = len(self._outbox)
+            full = unsent > MAX_OUTBOX_BYTES
+            readable, _, _ = select.select(
+                [self._sock], [self._sock] if unsent else [], [], None if wait or full else 0.0
+            )
+            if readable:
+                yield from self._read()
+                return
+            if not full and not wait:
+                return
+
+    def _read(self) -> Iterator[ToEngine]:
+        try:
+            data = self._sock.recv(1 << 20)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise ConnectionClosed from error
+        if not data:
+            raise ConnectionClosed
+        for body in self._inbox.feed(data):
+            yield decode_to_engine(body)
+
+    def _flush(self) -> None:
+        try:
+            while self._outbox:
+                sent = self._sock.send(self._outbox)
+                del self._outbox[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ConnectionClosed from error
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """What the engine is doing; replaced as a whole, so that the heartbeat's thread needs no lock."""
+
+    name: str
+    since: float
+    step_id: int = 0
+    predicted_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """The state after the last step; replaced as a whole."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_free: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+
+
+class Pulse:
+    """The heartbeat: a thread that reports `phase` and `gauges` until the connection ends, and then the process."""
+
+    def __init__(self, connection: Connection, interval_seconds: float) -> None:
+        self.phase = Phase("load", time.monotonic())
+        self.gauges = Gauges()
+        self._connection = connection
+        self._interval = interval_seconds
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def enter(self, name: str, step_id: int = 0, predicted_seconds: float = 0.0) -> None:
+        """Begin a phase now."""
+        self.phase = Phase(name, time.monotonic(), step_id, predicted_seconds)
+
+    def _beat(self) -> None:
+        while True:
+            phase, gauges = self.phase, self.gauges
+            try:
+                self._connection.send(
+                    Heartbeat(
+                        phase=phase.name,
+                        step_id=phase.step_id,
+                        phase_seconds=time.monotonic() - phase.since,
+                        predicted_seconds=phase.predicted_seconds,
+                        num_running=gauges.num_running,
+                        num_waiting=gauges.num_waiting,
+                        blocks_free=gauges.blocks_free,
+                        blocks_used=gauges.blocks_used,
+                        blocks_cached=gauges.blocks_cached,
+                    )
+                )
+            except ConnectionClosed:
+                # Also during a load of minutes: nobody is left to load for.
+                os._exit(0)
+            time.sleep(self._interval)
+
+
+def main(fd: int) -> int:
+    """Run the engine over the inherited socket. Returns the exit code: 0 when the parent ended it, 2 on bad input."""
+    # The parent decides when this process ends; a Ctrl-C or a SIGTERM to the whole group must not cut a drain short.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s: %(message)s", stream=sys.stderr)
+    connection = Connection(socket.socket(fileno=fd))
+    try:
+        return _run(connection)
+    except ConnectionClosed:
+        return 0
+
+
+def _run(connection: Connection) -> int:
+    messages: list[ToEngine] = []
+    while not messages:
+        messages += connection.receive(wait=True)
+    init = messages.pop(0)
+    if not isinstance(init, Init):
+        raise TypeError(f"the first message must be Init, not {type(init).__name__}")
+    pulse = Pulse(connection, init.config.heartbeat_seconds)
+
+    # Imported here, so that the heart beats while torch loads.
+    from server.engine.build import StartupError, build_engine
+
+    def report(phase: str, message: str, fraction: float | None) -> None:
+        if pulse.phase.name != phase:
+            pulse.enter(phase)
+        connection.send(Progress(phase, message, fraction))
+
+    def step_starts(step_id: int, predicted_seconds: float) -> None:
+        pulse.enter("step", step_id, predicted_seconds)
+
+    began = time.perf_counter()
+    try:
+        engine = build_engine(init.config, report, step_starts)
+    except StartupError as error:
+        connection.send(Failed(str(error), usage=True))
+        return 2
+    connection.send(_ready(engine, time.perf_counter() - began))
+    _serve(connection, engine.core, pulse)
+    return 0
+
+
+def _ready(engine: Engine, build_seconds: float) -> Ready:
+    config = engine.scheduler_config
+    return Ready(
+        identity=engine.identity,
+        max_model_len=config.max_model_len,
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=list(config.eos_token_ids),
+        max_running=config.max_running,
+        memory_bytes=engine.memory_bytes,
+        model_path=str(engine.model_path),
+        startup_seconds={**engine.startup_seconds, "import": build_seconds - sum(engine.startup_seconds.values())},
+    )
+
+
+def _serve(connection: Connection, core: EngineCore, pulse: Pulse) -> None:
+    """Messages, then a step, and again, until the parent says Shutdown or is gone."""
+    # What was loaded lives as long as the process: the collector need not look at it in the middle of a step.
+    gc.collect()
+    gc.freeze()
+    while True:
+        pulse.gauges = _gauges(core)
+        if not core.has_work:
+            pulse.enter("idle")
+        for message in connection.receive(wait=not core.has_work):
+            match message:
+                case Submit():
+                    _submit(connection, core, message)
+                case Abort():
+                    core.abort(message.request_ids)
+                case Shutdown():
+                    return
+                case Init():
+                    raise TypeError("Init came twice")
+        for outcome in core.step():
+            connection.send(_step_output(core, outcome))
+
+
+def _submit(connection: Connection, core: EngineCore, submit: Submit) -> None:
+    request = Request(
+        request_id=submit.request_id,
+        prompt_token_ids=submit.prompt_token_ids,
+        params=submit.params,
+        output_token_ids=submit.output_token_ids,
+        choice=submit.choice,
+        priority=submit.priority,
+        tenant=submit.tenant,
+        cache_salt=submit.cache_salt,
+        arrival=submit.arrival,
+    )
+    try:
+        core.add(request)
+    except AdmissionError as error:
+        refused = Delta(submit.request_id, [], FinishReason.ERROR, error=str(error))
+        connection.send(StepOutput([refused]))
+
+
+def _step_output(core: EngineCore, outcome: StepOutcome) -> StepOutput:
+    deltas: list[Delta] = []
+    for output in outcome.outputs:
+        request = output.request
+        timeline = outcome.first_tokens.get(request.request_id)
+        first = None
+        if timeline is not None and timeline.scheduled is not None and timeline.first_token is not None:
+            first = FirstToken(
+                cached_tokens=request.num_cached_tokens or 0,
+                queue_seconds=timeline.scheduled - timeline.added,
+                prefill_seconds=timeline.first_token - timeline.scheduled,
+            )
+        deltas.append(
+            Delta(
+                request.request_id,
+                list(output.token_ids),
+                output.finish_reason,
+                output.stop_token_id,
+                output.error,
+                first,
+            )
+        )
+    gauges = _gauges(core)
+    counters = outcome.counters
+    stats = StepStats(
+        step_id=outcome.step_id,
+        duration_seconds=outcome.duration_seconds,
+        prompt_tokens=counters.prompt_tokens,
+        recomputed_tokens=counters.recomputed_tokens,
+        sampled_tokens=counters.sampled_tokens,
+        pipeline_discarded_tokens=counters.pipeline_discarded_tokens,
+        cached_prompt_tokens=counters.cached_prompt_tokens,
+        prefix_queried_tokens=counters.prefix_queried_tokens,
+        prefix_hit_tokens=counters.prefix_hit_tokens,
+        preemptions=counters.preemptions,
+        num_running=gauges.num_running,
+        num_waiting=gauges.num_waiting,
+        blocks_free=gauges.blocks_free,
+        blocks_used=gauges.blocks_used,
+        blocks_cached=gauges.blocks_cached,
+    )
+    return StepOutput(deltas, stats)
+
+
+def _gauges(core: EngineCore) -> Gauges:
+    scheduler = core.scheduler
+    pool = scheduler.pool
+    return Gauges(scheduler.num_running, scheduler.num_waiting, pool.num_free, pool.num_used, pool.num_cached)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

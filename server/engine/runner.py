@@ -1,0 +1,61 @@
+"""One forward pass and the draw after it: the only file of the engine that touches the device in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kernels.ops import KVCache, Ops
+from models.layers import DecoderModel
+from server.engine.batch import build_batch
+from server.engine.plan import RowResult, StepPlan, StepResult
+
+NOT_FINITE = "the model produced a number that is not finite"
+
+
+class Runner:
+    """Owns the KV cache of every layer; borrows the model and the device's ops.
+
+    `run` changes the cache slots that its plan names and nothing else. It raises what the device raises: then the slots
+    hold anything, and the caller computes them again or drops them.
+    """
+
+    def __init__(
+        self, model: DecoderModel, ops: Ops, num_blocks: int, block_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
+        self.model = model
+        self.ops = ops
+        self._block_size = block_size
+        self._eos_token_ids = tuple(eos_token_ids)
+        specs = model.kv_cache_specs(block_size, ops.dtype)
+        self._kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Compute the plan's positions, and draw a token for each request that samples."""
+        batch = build_batch(plan, self._block_size, self._eos_token_ids)
+        attention = self.ops.plan(batch.attention)
+        hidden = self.model.forward(batch.token_ids, self._kv_caches, attention)
+        # A position that is not finite has poisoned K and V behind it, whether or not a token is drawn from it.
+        finite_tokens = torch.isfinite(hidden).all(dim=-1).tolist()
+        tokens: list[int] = []
+        finite_rows: list[bool] = []
+        if batch.sampling is not None:
+            rows = hidden if len(batch.sample_rows) == hidden.shape[0] else hidden[batch.sample_rows]
+            sampled = self.ops.sample(self.model.logits(rows), batch.sampling)
+            tokens = sampled.token_ids.tolist()
+            finite_rows = sampled.finite.tolist()
+
+        results: list[RowResult] = []
+        row = 0
+        for planned, last in zip(plan.requests, batch.last_tokens, strict=True):
+            finite = all(finite_tokens[last + 1 - planned.num_new_tokens : last + 1])
+            drawn: tuple[int, ...] = ()
+            if planned.samples:
+                finite = finite and finite_rows[row]
+                drawn = (tokens[row],)
+                row += 1
+            request_id = planned.request.request_id
+            results.append(RowResult(request_id, drawn) if finite else RowResult(request_id, (), NOT_FINITE))
+        return StepResult(plan.step_id, tuple(results))
