@@ -1,0 +1,1 @@
+"""Decoder language models: configuration, checkpoints, layers, and one file a family. Imports kernels only."""

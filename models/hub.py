@@ -1,0 +1,115 @@
+"""From what a person typed to a folder: a built-in model, a local folder, or a model of the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from models.errors import ModelError
+
+BUILT_IN_MODELS: dict[str, Path] = {"stet-tales": Path(__file__).parent / "tales"}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+# What is fetched: configuration, tokenizer and safetensors at the top of the repository. Never pickles, never code,
+# and no second copy of the weights (original/, consolidated.safetensors).
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_UNWANTED = ["*/*", "consolidated*.safetensors"]
+
+
+def resolve_model(
+    model: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """The folder that holds `model`: a built-in name ("stet-tales"), a folder, or a Hub id ("Qwen/Qwen3-0.6B").
+
+    A folder wins over a Hub id of the same name. A Hub model is taken from the cache or downloaded into it at
+    `revision` (a branch, tag or commit; the main branch if None); with `offline` only the cache is looked at.
+    `progress` gets a line before a download begins and when it is done. Raises ModelError.
+    """
+    if model in BUILT_IN_MODELS:
+        folder = BUILT_IN_MODELS[model]
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"the built-in model {model} is missing from this installation; install Stet again")
+        return folder
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if folder.is_file():
+        raise ModelError(f"{model} is a file; give the folder that holds config.json and *.safetensors")
+    if _only_a_path(model) or not _HUB_ID.fullmatch(model):
+        raise ModelError(f"there is no folder {model}; check the path, or give a Hub id like Qwen/Qwen3-0.6B")
+    return _from_hub(model, revision, offline, progress)
+
+
+def _only_a_path(model: str) -> bool:
+    """Whether `model` can only be meant as a folder: absolute, from a dot or ~, or deeper than owner/name."""
+    return model.startswith((".", "~", os.sep)) or model.count("/") > 1 or "\\" in model
+
+
+def _from_hub(model: str, revision: str | None, offline: bool, progress: Callable[[str], None] | None) -> Path:
+    # Imported here: it takes half a second and most starts need only a folder.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    def download(local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                local_files_only=local_files_only,
+            )
+        )
+
+    at = f" at revision {revision}" if revision else ""
+    try:
+        if offline:
+            return download(local_files_only=True)
+        if progress is not None:
+            progress(f"Looking up {model}{at} on the Hugging Face Hub")
+        folder = download(local_files_only=False)
+        if progress is not None:
+            progress(f"{model}{at} is in {folder}")
+        return folder
+    except GatedRepoError:
+        raise ModelError(
+            f"{model} is gated: accept its terms on its Hub page, then set HF_TOKEN to a token of that account"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{model} is neither a folder here nor a model on the Hugging Face Hub; check the name, "
+            "or set HF_TOKEN if it is private"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{model} has no revision {revision!r} on the Hub; check the branch, tag or commit") from None
+    except HFValidationError:
+        raise ModelError(f"{model!r} is neither a folder here nor a valid Hub id like Qwen/Qwen3-0.6B") from None
+    except LocalEntryNotFoundError:
+        if offline:
+            raise ModelError(
+                f"{model}{at} is not a folder here nor in the Hub cache, and downloads are off; "
+                "download it once while online, or give a folder"
+            ) from None
+        raise ModelError(
+            f"{model}{at} is not a folder here nor in the Hub cache, and the Hub cannot be reached; "
+            "check the network, or give a folder"
+        ) from None
+    except HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", "no")
+        raise ModelError(f"the Hub refused {model}{at} (HTTP status {status}); try again, or give a folder") from None
+    except OSError as error:
+        raise ModelError(f"{model}{at} could not be downloaded ({error}); check the network and disk space") from None

@@ -1,0 +1,307 @@
+"""The parts that decoders are built of, over an Ops object that is passed in. Nothing here is trained.
+
+A layer is made empty. `slots()` says which checkpoint tensors it wants; filling the last slot of a weight makes it
+ready. Shapes use the letters of kernels/ops.py: T tokens, H hidden size, Hq and Hkv heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.ops import (
+    AttentionPlan,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    Ops,
+    QuantizationMode,
+    RotaryTable,
+)
+from models.config import ModelConfig
+
+
+class DecoderModel(Protocol):
+    """A decoder with its weights loaded. It keeps no state between calls: that is all in the KV caches."""
+
+    config: ModelConfig
+
+    def slots(self) -> dict[str, Slot]:
+        """Checkpoint tensor name -> where it goes, in the order of the computation."""
+        ...
+
+    def kv_cache_specs(self, block_size: int, dtype: torch.dtype) -> list[KVCacheSpec]:
+        """What each layer stores of a token, one specification a layer; `dtype` is that of the cache."""
+        ...
+
+    def forward(self, token_ids: Tensor, kv_caches: Sequence[KVCache], plan: AttentionPlan) -> Tensor:
+        """token_ids int64 [T] on the device -> hidden states after the last norm, [T, H]. Writes the K and V of
+        the T tokens into `kv_caches` (one a layer). The result may lie in a workspace: use it before the next call.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> logits [R, V]; rows of the vocabulary that no token uses hold a hugely negative number."""
+        ...
+
+    def mask_vocabulary(self, num_tokens: int) -> None:
+        """Say that only the ids below `num_tokens` exist, for vocabularies padded beyond their tokenizer."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as prepared, rotary tables included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place for one checkpoint tensor: the shape it must have, and what takes it."""
+
+    shape: tuple[int, ...]
+    fill: Callable[[Tensor], None]
+
+
+class Norm:
+    """The weight [size] of an RMSNorm."""
+
+    def __init__(self, ops: Ops, size: int) -> None:
+        self.ops = ops
+        self.size = size
+        self.weight: Tensor
+
+    def slots(self, name: str) -> dict[str, Slot]:
+        """The slot of the weight, under the checkpoint name `name`.weight."""
+        return {f"{name}.weight": Slot((self.size,), self._fill)}
+
+    def _fill(self, tensor: Tensor) -> None:
+        self.weight = tensor.to(self.ops.device, self.ops.dtype, copy=True)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.ops.dtype.itemsize
+
+
+class Embedding:
+    """A table [V, H] of token vectors, never quantized."""
+
+    def __init__(self, ops: Ops, num_tokens: int, size: int) -> None:
+        self.ops = ops
+        self.shape = (num_tokens, size)
+        self.weight: Tensor
+
+    def slots(self, name: str) -> dict[str, Slot]:
+        """The slot of the table, under the checkpoint name `name`.weight."""
+        return {f"{name}.weight": Slot(self.shape, self._fill)}
+
+    def _fill(self, tensor: Tensor) -> None:
+        self.weight = tensor.to(self.ops.device, self.ops.dtype, copy=True)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids int64 [T] -> [T, H]."""
+        return self.ops.embedding(token_ids, self.weight)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape[0] * self.shape[1] * self.ops.dtype.itemsize
+
+
+class Linear:
+    """One weight [N, K], which may be several checkpoint tensors stacked along N (`parts`: name -> rows).
+
+    The pieces are copied into one buffer as they arrive; with the last, the buffer goes to `ops.prepare_linear` and is
+    dropped. So a checkpoint is never in memory twice: at most one weight is.
+    """
+
+    def __init__(
+        self, ops: Ops, in_features: int, parts: Mapping[str, int], bias: bool, mode: QuantizationMode
+    ) -> None:
+        self.ops = ops
+        self.in_features = in_features
+        self.out_features = sum(parts.values())
+        self.parts = dict(parts)
+        self.has_bias = bias
+        self.mode = mode
+        self.weight: LinearWeight
+        self._weight_rows = _Rows((self.out_features, in_features))
+        self._bias_rows = _Rows((self.out_features,))
+
+    def slots(self, prefix: str) -> dict[str, Slot]:
+        """The slots of every part, under the checkpoint names `prefix` + part + .weight (and .bias)."""
+        slots: dict[str, Slot] = {}
+        start = 0
+        for part, rows in self.parts.items():
+            slots[f"{prefix}{part}.weight"] = self._slot(self._weight_rows, start, (rows, self.in_features))
+            if self.has_bias:
+                slots[f"{prefix}{part}.bias"] = self._slot(self._bias_rows, start, (rows,))
+            start += rows
+        return slots
+
+    def _slot(self, rows: _Rows, start: int, shape: tuple[int, ...]) -> Slot:
+        def fill(tensor: Tensor) -> None:
+            rows.put(start, tensor)
+            self._prepare_if_complete()
+
+        return Slot(shape, fill)
+
+    def _prepare_if_complete(self) -> None:
+        weight, bias = self._weight_rows, self._bias_rows
+        if weight.complete and (bias.complete or not self.has_bias):
+            self.prepare(weight.take(), bias.take() if self.has_bias else None)
+
+    def prepare(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Take the whole weight [N, K] and bias [N] at once, instead of through the slots."""
+        self.weight = self.ops.prepare_linear(weight, bias, self.mode)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, K] -> [T, N]."""
+        return self.ops.linear(x, self.weight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as prepared: one a weight and four an output channel for its scale where quantized to int8."""
+        count = self.out_features * self.in_features
+        size = self.ops.dtype.itemsize
+        weight = count * size if self.mode == "none" else count + 4 * self.out_features
+        return weight + (self.out_features * size if self.has_bias else 0)
+
+
+class _Rows:
+    """A tensor that arrives in pieces along its first dimension."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self.missing = shape[0]
+        self.buffer: Tensor | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self.missing == 0
+
+    def put(self, start: int, piece: Tensor) -> None:
+        """Copy a piece to the rows from `start` on. Even if it is all of them: it may be a view of a mapped file."""
+        if self.buffer is None:
+            self.buffer = torch.empty(self.shape, dtype=piece.dtype)
+        elif self.buffer.dtype != piece.dtype:
+            self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, piece.dtype))
+        self.buffer[start : start + piece.shape[0]].copy_(piece)
+        self.missing -= piece.shape[0]
+
+    def take(self) -> Tensor:
+        """Hand out the whole tensor and forget it. Raises RuntimeError if nothing has arrived."""
+        if self.buffer is None:
+            raise RuntimeError("a weight was taken before it arrived")
+        buffer, self.buffer = self.buffer, None
+        self.missing = self.shape[0]
+        return buffer
+
+
+class Attention:
+    """Causal self-attention with grouped queries (arXiv:2305.13245) over one layer's paged KV cache."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, mode: QuantizationMode) -> None:
+        self.ops = ops
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.window = config.layer_window(layer)
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+        self.eps = config.rms_norm_eps
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = Linear(
+            ops,
+            config.hidden_size,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            config.attention_bias,
+            mode,
+        )
+        self.output = Linear(ops, q_size, {"o_proj": config.hidden_size}, config.attention_output_bias, mode)
+        self.query_norm = Norm(ops, config.head_dim) if config.qk_norm else None
+        self.key_norm = Norm(ops, config.head_dim) if config.qk_norm else None
+
+    def slots(self, prefix: str) -> dict[str, Slot]:
+        """The slots of the projections and, if any, of the norms of q and k."""
+        slots = self.qkv.slots(prefix) | self.output.slots(prefix)
+        if self.query_norm is not None and self.key_norm is not None:
+            slots |= self.query_norm.slots(f"{prefix}q_norm") | self.key_norm.slots(f"{prefix}k_norm")
+        return slots
+
+    def __call__(self, x: Tensor, rotary: RotaryTable, kv_cache: KVCache, plan: AttentionPlan) -> Tensor:
+        """x [T, H] -> [T, H]; writes the K and V of the T tokens to `kv_cache`."""
+        num_tokens = x.shape[0]
+        q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        query, key, value = torch.split(self.qkv(x), [q_size, kv_size, kv_size], dim=1)  # views [T, heads * D]
+        query = self.ops.write_kv(
+            query.view(num_tokens, self.num_heads, self.head_dim),
+            key.view(num_tokens, self.num_kv_heads, self.head_dim),
+            value.view(num_tokens, self.num_kv_heads, self.head_dim),
+            rotary,
+            kv_cache,
+            plan,
+            None if self.query_norm is None else self.query_norm.weight,
+            None if self.key_norm is None else self.key_norm.weight,
+            self.eps,
+        )
+        return self.output(self.ops.paged_attention(query, kv_cache, plan, self.scale))
+
+    @property
+    def nbytes(self) -> int:
+        norms = [norm.nbytes for norm in (self.query_norm, self.key_norm) if norm is not None]
+        return self.qkv.nbytes + self.output.nbytes + sum(norms)
+
+
+class MLP:
+    """The gated feed-forward layer: down(silu(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, ops: Ops, mode: QuantizationMode) -> None:
+        self.ops = ops
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_up = Linear(ops, hidden, {"gate_proj": inner, "up_proj": inner}, bias, mode)
+        self.down = Linear(ops, inner, {"down_proj": hidden}, bias, mode)
+
+    def slots(self, prefix: str) -> dict[str, Slot]:
+        """The slots of the three projections."""
+        return self.gate_up.slots(prefix) | self.down.slots(prefix)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, H] -> [T, H]."""
+        return self.down(self.ops.silu_mul(self.gate_up(x)))
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate_up.nbytes + self.down.nbytes
+
+
+def rotary_table(config: ModelConfig, device: torch.device) -> RotaryTable:
+    """The cosines and sines of every position of the model, float32 [max_position_embeddings, D / 2].
+
+    Frequencies theta^(-2i/D) (arXiv:2104.09864), scaled as the configuration says. Everything is rounded to float32
+    where the reference implementation rounds: a frequency off by one unit in the last place is, at position 100 000,
+    an angle off by 0.01.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None:
+        length = scaling.original_max_position_embeddings
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        wavelengths = 2 * math.pi / frequencies
+        keep = (length / wavelengths - low) / (high - low)  # 0 where wavelength = length / low, 1 at length / high
+        blended = (1 - keep) * frequencies / scaling.factor + keep * frequencies
+        scaled = torch.where(wavelengths < length / high, frequencies, blended)
+        frequencies = torch.where(wavelengths > length / low, frequencies / scaling.factor, scaled)
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angles = positions[:, None] * frequencies[None, :]
+    return RotaryTable(cos=angles.cos().to(device), sin=angles.sin().to(device))
+
+
+def identity_table(config: ModelConfig, device: torch.device) -> RotaryTable:
+    """The table that rotates by nothing, for layers without positions: x * 1 - y * 0 is x to the bit."""
+    shape = (config.max_position_embeddings, config.head_dim // 2)
+    return RotaryTable(cos=torch.ones(shape, device=device), sin=torch.zeros(shape, device=device))

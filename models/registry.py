@@ -1,0 +1,45 @@
+"""From a Hugging Face architecture name to the class that runs it. Imports no model, and no torch, until asked."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from models.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kernels.ops import Ops, QuantizationMode
+    from models.config import ModelConfig
+    from models.layers import DecoderModel
+
+# Architecture name in config.json -> "module:class". One class may serve several names: these five differ only in
+# what models.config reads from their configuration (biases, QK norm, sliding windows, layers without rotation).
+ARCHITECTURES: dict[str, str] = {
+    "LlamaForCausalLM": "models.llama:Llama",
+    "MistralForCausalLM": "models.llama:Llama",
+    "Qwen2ForCausalLM": "models.llama:Llama",
+    "Qwen3ForCausalLM": "models.llama:Llama",
+    "SmolLM3ForCausalLM": "models.llama:Llama",
+}
+
+
+def supported_architectures() -> tuple[str, ...]:
+    """The architecture names that can be loaded, in alphabetical order."""
+    return tuple(sorted(ARCHITECTURES))
+
+
+def check_architecture(architecture: str) -> None:
+    """Raise ModelError, with the list of what is supported, if `architecture` is unknown."""
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(supported_architectures())
+        raise ModelError(f"architecture {architecture!r} is not supported; choose a model with one of: {known}")
+
+
+def model_class(architecture: str) -> Callable[[ModelConfig, Ops, QuantizationMode], DecoderModel]:
+    """The class of `architecture`, called as `cls(config, ops, quantization)`. Raises ModelError if unknown."""
+    check_architecture(architecture)
+    module, _, name = ARCHITECTURES[architecture].partition(":")
+    make: Callable[[ModelConfig, Ops, QuantizationMode], DecoderModel] = getattr(importlib.import_module(module), name)
+    return make
