@@ -1,0 +1,184 @@
+"""Imports run one way. Read from the sources, so that an import inside a function counts too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kernels", "models", "server")
+
+# Who may import whom: the longest matching prefix on the left decides; itself and what stands on the right is allowed.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "kernels": ("kernels",),
+    "models": ("models", "kernels"),
+    "server.version": (),
+    "server.logs": (),
+    "server.generation": ("server.engine.request",),
+    "server.metrics": ("server.engine.messages",),
+    "server.engine": ("server.engine", "server.version", "models", "kernels"),
+    "server.engine.request": (),
+    "server.engine.config": (),
+    "server.engine.identity": (),
+    "server.engine.plan": ("server.engine.request",),
+    "server.engine.messages": ("server.engine.request", "server.engine.config", "server.engine.identity"),
+    "server.engine.block_pool": (),
+    "server.engine.fair_queue": ("server.engine.request",),
+    "server.engine.scheduler": (
+        "server.engine.block_pool",
+        "server.engine.config",
+        "server.engine.fair_queue",
+        "server.engine.plan",
+        "server.engine.request",
+    ),
+    "server.text": ("server.text",),
+    "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics"),
+    "server.client": (
+        "server.supervisor",
+        "server.engine.messages",
+        "server.engine.request",
+        "server.engine.config",
+        "server.metrics",
+    ),
+    "server.service": (
+        "server.client",
+        "server.supervisor",
+        "server.text",
+        "server.metrics",
+        "server.generation",
+        "server.version",
+        "server.engine.messages",
+        "server.engine.request",
+    ),
+    "server.http": (
+        "server.http",
+        "server.service",
+        "server.generation",
+        "server.metrics",
+        "server.logs",
+        "server.version",
+        "server.engine.request",
+    ),
+    "server.config": ("server.engine.config", "server.version"),
+    "server.cli": (
+        "server.config",
+        "server.http",
+        "server.service",
+        "server.supervisor",
+        "server.client",
+        "server.metrics",
+        "server.logs",
+        "server.version",
+        "server.text",
+        "server.engine.config",
+        "server.engine.messages",
+    ),
+}
+
+# What must not reach which modules, whatever else they import.
+FORBIDDEN: dict[str, tuple[str, ...]] = {
+    "server.engine.scheduler": ("torch", "time", "asyncio", "random"),
+    "server.engine.block_pool": ("torch", "time", "asyncio", "random"),
+    "server.engine.fair_queue": ("torch", "time", "asyncio", "random"),
+    "kernels": ("transformers", "fastapi", "pydantic", "msgspec"),
+    "models": ("transformers", "fastapi", "pydantic", "msgspec"),
+    "server": ("transformers", "pickle", "multiprocessing"),
+}
+WEB = ("fastapi", "starlette", "pydantic", "uvicorn")
+WEB_ALLOWED = ("server.http", "server.config", "server.cli")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Absolute names imported anywhere in a file; `from package import module` counts as the module."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else node.module)
+    return found
+
+
+IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def ours(name: str) -> bool:
+    return name.split(".")[0] in PACKAGES
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_follow_the_arrows(module: str) -> None:
+    rules = [prefix for prefix in ALLOWED if under(module, prefix)]
+    if module in PACKAGES:
+        assert not IMPORTS[module], "a package's __init__ imports nothing"
+        return
+    assert rules, f"{module} has no rule: say in ALLOWED what it may import"
+    allowed = ALLOWED[max(rules, key=len)]
+    for imported in sorted(filter(ours, IMPORTS[module])):
+        assert imported == module or any(under(imported, prefix) for prefix in allowed), f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_forbidden_package(module: str) -> None:
+    banned = {package for prefix, packages in FORBIDDEN.items() if under(module, prefix) for package in packages}
+    if not any(under(module, prefix) for prefix in WEB_ALLOWED):
+        banned.update(WEB)
+    assert not banned & {name.split(".")[0] for name in IMPORTS[module]}
+
+
+def test_no_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"circle: {' -> '.join((*path, module))}"
+        if module in done:
+            return
+        for imported in sorted(filter(MODULES.__contains__, IMPORTS[module])):
+            if imported != module:
+                visit(imported, (*path, module))
+        done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_http_process_never_imports_torch() -> None:
+    code = "import sys, server.cli, server.http.app, server.service; print(sorted({'torch','transformers'} & set(sys.modules)))"
+    assert run_python(code) == "[]"
+
+
+def test_the_engine_needs_no_web_package() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('fastapi', 'starlette', 'pydantic', 'uvicorn', 'msgspec'): sys.modules[name] = None\n"
+        "import server.engine.build; print('ok')"
+    )
+    assert run_python(code) == "ok"
+
+
+def test_the_kernels_package_imports_nothing() -> None:
+    assert run_python("import sys, kernels; print('torch' in sys.modules, kernels.__version__)") == "False 0"
