@@ -1,4 +1,4 @@
-"""What passes between the scheduler and the device: a plan of one step, and what came of it."""
+"""What passes between the scheduler and the device: a plan of one step, what came of it, and what it cost."""
 
 from __future__ import annotations
 
@@ -79,3 +79,22 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+
+
+@dataclass(slots=True)
+class StepCounters:
+    """One step in numbers, as in messages.StepStats. What happens between two plans counts with the second one."""
+
+    prompt_tokens: int = 0
+    recomputed_tokens: int = 0
+    sampled_tokens: int = 0
+    pipeline_discarded_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    preemptions: int = 0
+
+    def add(self, other: StepCounters) -> None:
+        """Take over what a plan had counted that was never completed."""
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
