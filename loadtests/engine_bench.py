@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 from loadtests.machine import median_and_spread
-from models.config import ModelConfig
-from models.loader import save_random_checkpoint
+from models.loader import load_config, save_random_checkpoint
 from server.engine.build import Engine, build_engine
 from server.engine.config import EngineConfig
 from server.engine.request import Request, SamplingParams
@@ -119,17 +118,22 @@ def run_transformers(model: torch.nn.Module, batch: list[list[int]], rates: Rate
 def decode_floor(engine: Engine, batch_size: int, bandwidth: float) -> float:
     """Tokens a second if a decode step only read the weights and the KV cache once, at `bandwidth` bytes a second.
 
-    A step reads every weight but the embedding table (one row of it), unless that table is also the output layer.
+    A step reads every weight but the embedding table, of which it needs one row a sequence; an output layer tied to the
+    table is prepared as a weight of its own and is read.
     """
     kv_per_token = engine.memory_bytes["kv_cache"] / (
         engine.scheduler_config.num_blocks * engine.scheduler_config.block_size
     )
+    config = load_config(engine.model_path)
+    table_bytes = config.vocab_size * config.hidden_size * 2  # bfloat16
     context = PROMPT_LEN + NEW_TOKENS / 2
-    step_bytes = engine.step_weight_bytes + batch_size * context * kv_per_token
+    step_bytes = engine.memory_bytes["weights"] - table_bytes + batch_size * context * kv_per_token
     return batch_size * bandwidth / step_bytes
 
 
-def bench_model(name: str, path: str, bandwidth: float, rounds: int, say: Callable[[str], None]) -> list[dict[str, object]]:
+def bench_model(
+    name: str, path: str, bandwidth: float, rounds: int, say: Callable[[str], None]
+) -> list[dict[str, object]]:
     """One row for each batch size: rates of engine and peer, their ratio, and the engine's share of the floor."""
     from transformers import AutoModelForCausalLM
 
@@ -180,6 +184,6 @@ def bench_engine(bandwidth: float, rounds: int, say: Callable[[str], None]) -> l
     """The embedded model, then the 176M shape with random weights."""
     rows = bench_model("stet-tales", "stet-tales", bandwidth, rounds, say)
     with tempfile.TemporaryDirectory() as folder:
-        save_random_checkpoint(ModelConfig.from_hf(LLAMA_176M), LLAMA_176M, Path(folder), seed=0)
+        save_random_checkpoint(LLAMA_176M, Path(folder), seed=0)
         rows += bench_model("llama-176m", folder, bandwidth, rounds, say)
     return rows

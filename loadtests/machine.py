@@ -17,7 +17,9 @@ import torch
 def describe_machine() -> dict[str, object]:
     """Processor, cores, memory, versions and the time: enough to tell two results apart."""
     cpuinfo = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+    ]
     return {
         "processor": names[0] if names else platform.processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),

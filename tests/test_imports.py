@@ -167,7 +167,10 @@ def run_python(code: str) -> str:
 
 
 def test_the_http_process_never_imports_torch() -> None:
-    code = "import sys, server.cli, server.http.app, server.service; print(sorted({'torch','transformers'} & set(sys.modules)))"
+    code = (
+        "import sys, server.cli, server.http.app, server.service\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
     assert run_python(code) == "[]"
 
 

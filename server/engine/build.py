@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -177,7 +178,7 @@ def _identity(config: EngineConfig, ops: Ops, model: DecoderModel, path: Path) -
         model=config.model,
         architecture=model.config.architecture,
         weights_hash=weights_hash(path),
-        num_parameters=model.num_parameters,
+        num_parameters=sum(math.prod(slot.shape) for slot in model.slots().values()),
         dtype=dtype,
         kv_cache_dtype=dtype,
         quantization="none",

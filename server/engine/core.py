@@ -111,7 +111,8 @@ class EngineCore:
         except Exception:
             logger.exception("step %d failed; computing its %d requests one by one", plan.step_id, len(plan.requests))
             self.scheduler.rollback(plan.step_id)
-        return [self._execute_alone(planned.request) for planned in plan.requests]
+        outcomes = (self._execute_alone(planned.request) for planned in plan.requests)
+        return [outcome for outcome in outcomes if outcome is not None]
 
     def _execute(self, plan: StepPlan) -> StepOutcome:
         num_tokens = plan.num_tokens
@@ -126,10 +127,10 @@ class EngineCore:
         self._cost.observe(num_tokens, ended - started)
         return self._finish(plan, result, started, ended)
 
-    def _execute_alone(self, request: Request) -> StepOutcome:
+    def _execute_alone(self, request: Request) -> StepOutcome | None:
         plan = self.scheduler.schedule(only=request.request_id)
         if plan is None:
-            raise RuntimeError(f"request {request.request_id} was planned in a batch and cannot be planned alone")
+            return None  # it has to stand still for lack of blocks; a later step will find out about it
         try:
             return self._execute(plan)
         except Exception as error:

@@ -1,0 +1,88 @@
+"""Starts real servers for measurements and tests: a free port, a wait for readiness, a clean end."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A server process and where it listens. started: time.perf_counter() just before it was spawned."""
+
+    process: subprocess.Popen[bytes]
+    host: str
+    port: int
+    started: float
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+    def get(self, path: str, timeout: float = 5.0) -> tuple[int, bytes]:
+        """Status and body of one GET on a connection of its own."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=timeout)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def wait_ready(self, timeout: float = 60.0) -> float:
+        """Seconds from the spawn until /readyz answers 200. Raises TimeoutError, or RuntimeError if it exits."""
+        while time.perf_counter() - self.started < timeout:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server exited with {self.process.returncode} before it was ready")
+            try:
+                status, _ = self.get("/readyz", timeout=1.0)
+            except OSError:
+                status = 0
+            if status == 200:
+                return time.perf_counter() - self.started
+            time.sleep(0.02)
+        raise TimeoutError(f"not ready after {timeout} s")
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running_server(
+    arguments: Sequence[str] = (),
+    *,
+    command: Sequence[str] = (sys.executable, "-m", "server.cli"),
+    log: Path | None = None,
+) -> Iterator[RunningServer]:
+    """`stet serve ARGUMENTS` on a free port; ended by SIGTERM, by SIGKILL if that does not help."""
+    port = free_port()
+    with open(log or os.devnull, "wb") as output:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, "serve", *arguments, "--port", str(port)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            yield RunningServer(process, "127.0.0.1", port, started)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
