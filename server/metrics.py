@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from server.engine.messages import Heartbeat, Ready, StepStats
 from server.engine.request import FinishReason
 from server.generation import ErrorCode
+from server.version import VERSION
 
 # A small model on a fast card answers in a millisecond and a long prompt on a laptop in a minute: the first bucket of
 # every latency is 0.5 ms, so that neither hides in an end bucket.
@@ -65,11 +66,10 @@ class _WithoutCreated(Collector):
 
 
 class Metrics:
-    """Owns the registry. `clock` gives seconds and never goes back; tests pass their own. `version` is the server's."""
+    """Owns the registry. `clock` gives seconds and never goes back; tests pass their own."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, version: str = "unknown") -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._version = version
         self._registry = registry = CollectorRegistry()
         self._exposed = CollectorRegistry()
         self._exposed.register(_WithoutCreated(registry, self._refresh_age))
@@ -186,7 +186,7 @@ class Metrics:
         identity = ready.identity
         self._build_info.clear()
         self._build_info.labels(
-            self._version,
+            VERSION,
             identity.model,
             identity.architecture,
             identity.dtype,

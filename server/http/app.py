@@ -1,0 +1,168 @@
+"""The application: routes over a service, and one middleware that counts, logs and hides defects."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.generation import Problem
+from server.http.errors import ClientGone, HttpError, error_response, internal_problem
+from server.http.generate import GenerationResponse, Generator, known_params, read_request
+from server.http.limits import Limits
+from server.http.sse import encode_json
+from server.metrics import Metrics
+
+request_log = logging.getLogger("stet.request")
+logger = logging.getLogger("stet.http")
+
+ROUTES = ("/generate", "/info", "/livez", "/readyz", "/health", "/metrics")
+_FIELDS = "stet.fields"
+# No client sees it: the log's and the metrics' way to say that the client left before an answer, as in nginx.
+_CLIENT_GONE = 499
+_PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+
+
+class AppService(Generator, Protocol):
+    """What the routes need of server.service.Service."""
+
+    @property
+    def state(self) -> str: ...
+
+    def info(self) -> Mapping[str, Any]: ...
+
+
+def create_app(service: AppService, metrics: Metrics, limits: Limits | None = None) -> FastAPI:
+    """The ASGI application over a service. Owns nothing: starting, draining and stopping are the caller's."""
+    limits = limits or Limits()
+    # No generated documentation pages: they load scripts from elsewhere, and docs/api.md is the contract.
+    app = FastAPI(title="Stet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.add_middleware(Observer, metrics=metrics)
+    app.add_exception_handler(HTTPException, _routing_error)
+
+    @app.post("/generate", response_model=None)
+    async def generate(request: Request) -> Response:
+        fields: dict[str, Any] = request.scope[_FIELDS]
+        began = time.monotonic()
+        try:
+            parsed = await read_request(request, service, limits)
+        except HttpError as error:
+            # The service never heard of this request: its ending is counted here.
+            _count_refusal(metrics, error.code, began)
+            fields.update(outcome=error.code, params=known_params(error.problems))
+            return error_response(error.code, error.problems, error.headers)
+        except ClientGone:
+            _count_refusal(metrics, "cancelled", began)
+            return Response(status_code=_CLIENT_GONE)
+        fields["stream"] = parsed.stream
+        return GenerationResponse(service, parsed, limits, fields)
+
+    @app.api_route("/info", methods=["GET", "HEAD"], response_model=None)
+    async def info() -> Response:
+        return _json(service.info())
+
+    @app.api_route("/livez", methods=["GET", "HEAD"], response_model=None)
+    async def livez() -> Response:
+        return _json({"status": "ok"})
+
+    @app.api_route("/readyz", methods=["GET", "HEAD"], response_model=None)
+    @app.api_route("/health", methods=["GET", "HEAD"], response_model=None)
+    async def readyz() -> Response:
+        state = service.state
+        return _json({"status": state}, 200 if state == "ready" else 503)
+
+    @app.api_route("/metrics", methods=["GET", "HEAD"], response_model=None)
+    async def metrics_page(request: Request) -> Response:
+        body, content_type = metrics.render(request.headers.get("accept"))
+        return Response(body, headers={"content-type": content_type})
+
+    return app
+
+
+def _json(value: Mapping[str, Any], status: int = 200) -> Response:
+    return Response(encode_json(value), status, {"cache-control": "no-store"}, "application/json")
+
+
+def _count_refusal(metrics: Metrics, outcome: str, began: float) -> None:
+    metrics.request_finished(
+        "/generate",
+        outcome,
+        duration=time.monotonic() - began,
+        queue=None,
+        prefill=None,
+        decode=None,
+        prompt_tokens=0,
+        generated_tokens=0,
+    )
+
+
+async def _routing_error(request: Request, error: Exception) -> Response:
+    """404 and 405, which the router raises, in our shape."""
+    if not isinstance(error, HTTPException):
+        raise error
+    if error.status_code == 405:
+        allow = ", ".join(sorted(method.strip() for method in (error.headers or {}).get("Allow", "").split(",")))
+        text = f"{request.method} is not allowed here: use {allow}."
+        return error_response("method_not_allowed", [Problem(None, text)], {"allow": allow})
+    # The path is not repeated: an answer holds nothing that a log or a page could take for markup.
+    return error_response("not_found", [Problem(None, f"No such route. There are {', '.join(ROUTES)}.")])
+
+
+class Observer:
+    """Around every request: an id, one log line, the HTTP metrics, and a fixed answer to any defect.
+
+    Plain ASGI: a wrapped body stream would hide disconnects and cost most of a millisecond a token.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status = 0
+        request_id = f"req-{secrets.token_hex(8)}"
+        fields: dict[str, Any] = {}
+        scope[_FIELDS] = fields
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed_send)
+        except Exception as error:
+            logger.error("internal error", exc_info=error, extra={"fields": {"request": request_id}})
+            fields["outcome"] = "internal"
+            if status == 0:
+                await error_response("internal", [internal_problem()])(scope, receive, observed_send)
+            # Otherwise the answer is left unfinished, and the server closes the connection.
+        finally:
+            seconds = time.perf_counter() - began
+            path = scope["path"]
+            route = path if path in ROUTES else "other"
+            self._metrics.http_request(route, scope["method"], status or _CLIENT_GONE, seconds)
+            level = logging.DEBUG if route in _PROBES and status < 400 else logging.INFO
+            if request_log.isEnabledFor(level):
+                line = {
+                    "request": request_id,
+                    "method": scope["method"] if len(scope["method"]) <= 16 else "other",
+                    "route": route,
+                    "status": status or _CLIENT_GONE,
+                    "ms": round(seconds * 1000, 3),
+                    **fields,
+                }
+                request_log.log(level, "request", extra={"fields": line})
