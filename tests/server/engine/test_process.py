@@ -1,0 +1,155 @@
+"""The engine process over a real socket pair: ready, tokens, aborts, refusals, and its end."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from server.engine.config import EngineConfig
+from server.engine.messages import (
+    Abort,
+    Failed,
+    FrameBuffer,
+    FromEngine,
+    Heartbeat,
+    Init,
+    Ready,
+    Shutdown,
+    StepOutput,
+    Submit,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+from server.engine.request import FinishReason, SamplingParams
+
+
+class Child:
+    """The parent's side, without asyncio."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.sock, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "server.engine.process", str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.buffer = FrameBuffer()
+        self.pending: list[FromEngine] = []
+        self.send(Init(config))
+
+    def send(self, message: ToEngine) -> None:
+        self.sock.sendall(encode(message))
+
+    def receive(self, timeout: float = 30.0) -> FromEngine:
+        """The next message but heartbeats and progress. Raises EOFError when the child is gone."""
+        deadline = time.monotonic() + timeout
+        while True:
+            while self.pending:
+                message = self.pending.pop(0)
+                if isinstance(message, (Ready, Failed, StepOutput)):
+                    return message
+            if not select.select([self.sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise TimeoutError("the engine said nothing")
+            data = self.sock.recv(1 << 16)
+            if not data:
+                raise EOFError
+            self.pending += map(decode_from_engine, self.buffer.feed(data))
+
+    def outputs(self, request_id: int) -> tuple[list[int], FinishReason]:
+        """Tokens of one request until it ends."""
+        tokens: list[int] = []
+        while True:
+            message = self.receive()
+            assert isinstance(message, StepOutput)
+            for delta in message.deltas:
+                if delta.request_id == request_id:
+                    tokens += delta.token_ids
+                    if delta.finish_reason is not None:
+                        return tokens, delta.finish_reason
+
+
+@contextmanager
+def engine(config: EngineConfig = EngineConfig()) -> Iterator[Child]:  # noqa: B008 - frozen
+    child = Child(config)
+    try:
+        yield child
+    finally:
+        child.sock.close()
+        child.process.wait(10)
+
+
+def test_a_life_of_an_engine() -> None:
+    with engine() as child:
+        ready = child.receive()
+        assert isinstance(ready, Ready)
+        assert ready.vocab_size > 1000
+        assert ready.num_blocks * ready.block_size >= ready.max_model_len
+
+        params = SamplingParams(8, temperature=0.0, ignore_eos=True)
+        child.send(Submit(1, [5, 6, 7], params))
+        tokens, reason = child.outputs(1)
+        assert (len(tokens), reason) == (8, FinishReason.LENGTH)
+
+        # The same request taken up again after three tokens goes on to the same end.
+        child.send(Submit(2, [5, 6, 7], params, output_token_ids=tokens[:3]))
+        assert child.outputs(2)[0] == tokens[3:]
+
+        child.send(Submit(3, [5] * (ready.max_model_len + 1), params))
+        assert child.outputs(3) == ([], FinishReason.ERROR)
+
+        # An abort is heard between two steps, and what follows is served at once.
+        child.send(Submit(4, [5], SamplingParams(ready.max_model_len - 1, temperature=0.0, ignore_eos=True)))
+        child.send(Abort([4]))
+        child.send(Submit(5, [5, 6, 7], params))
+        assert child.outputs(5)[0] == tokens
+
+        # Signals to the whole group are the parent's business.
+        os.kill(child.process.pid, signal.SIGINT)
+        os.kill(child.process.pid, signal.SIGTERM)
+        child.send(Submit(6, [5, 6, 7], params))
+        assert child.outputs(6)[0] == tokens
+
+        child.send(Shutdown())
+        assert child.process.wait(10) == 0
+
+
+def test_it_does_not_outlive_its_parent() -> None:
+    with engine() as child:
+        child.receive()
+        child.sock.close()
+        assert child.process.wait(5) == 0
+
+
+def test_it_does_not_outlive_its_parent_while_it_loads() -> None:
+    with engine() as child:
+        time.sleep(0.3)
+        child.sock.close()
+        assert child.process.wait(5) == 0
+
+
+def test_a_model_that_is_not_there_is_told_in_one_line(tmp_path: Path) -> None:
+    with engine(EngineConfig(model=str(tmp_path / "nothing"), offline=True)) as child:
+        failed = child.receive()
+        assert isinstance(failed, Failed)
+        assert failed.usage
+        assert "nothing" in failed.message
+        assert "\n" not in failed.message
+        assert child.process.wait(10) == 2
+
+
+def test_the_heart_beats_while_torch_loads() -> None:
+    with engine() as child:
+        beats: list[Heartbeat] = []
+        while not any(isinstance(message, Ready) for message in child.pending):
+            assert select.select([child.sock], [], [], 10)[0]
+            child.pending += map(decode_from_engine, child.buffer.feed(child.sock.recv(1 << 16)))
+        beats = [message for message in child.pending if isinstance(message, Heartbeat)]
+        assert len(beats) > 3
+        assert beats[0].phase == "load"
