@@ -28,10 +28,10 @@ class _Tenant:
 class FairQueue:
     """Waiting requests, ordered by deficit round robin over tenants (Shreedhar and Varghese, 1995).
 
-    A tenant's best-ranked request may go when the tenant's credit covers its cost, in tokens. While nobody's does, every
-    waiting tenant is given the same credit, one quantum a round. So a flood by one tenant costs the others nothing: over
-    any time in which two of them wait, they are served the same number of tokens, up to one request and one quantum.
-    Credit ends with the tenant's last waiting request: it cannot be saved up.
+    A tenant's best-ranked request may go when the tenant's credit covers its cost, in tokens. While nobody's does,
+    every waiting tenant is given the same credit, one quantum a round. So a flood by one tenant costs others nothing:
+    while two of them wait, both are served the same number of tokens, up to one request and one quantum. Credit ends
+    with the tenant's last waiting request: it cannot be saved up.
 
     Owns the waiting requests and the credits; never changes a request.
     """

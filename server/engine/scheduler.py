@@ -16,50 +16,16 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
+from server.engine.admission import AdmissionError, token_limit
 from server.engine.block_pool import BlockKey, BlockPool, Digest, IntegrityError, sha256
+from server.engine.books import Entry, Flight, check_books
 from server.engine.config import SchedulerConfig
-from server.engine.fair_queue import FairQueue, Rank
+from server.engine.fair_queue import FairQueue
 from server.engine.plan import PlannedRequest, RequestOutput, RowResult, StepCounters, StepPlan, StepResult
 from server.engine.request import FinishReason, Request, RequestStatus
 
 __all__ = ["AdmissionError", "Scheduler", "StepCounters"]
-
-
-class AdmissionError(Exception):
-    """A request that could never run here, however long it waited. The message has the numbers."""
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """What the scheduler knows of an open request, beside the request.
-
-    rank      its place among all others, fixed when it is added; smaller is better
-    limit     tokens, prompt and output, at which it ends
-    keys      keys of its full blocks from the first on, as far as they have been needed: each block is hashed once
-    steps     ids of the plans in flight that it takes part in
-    queued    whether it is in the queue. A preempted request waits outside until the steps above are over
-    paid      whether its tenant has paid for it; being preempted costs nothing
-    """
-
-    request: Request
-    rank: Rank
-    limit: int
-    keys: list[BlockKey] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    queued: bool = False
-    paid: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """A plan whose result is not known. Blocks in `release` and requests in `requeue` were in use until it is."""
-
-    plan: StepPlan
-    counters: StepCounters
-    release: list[list[int]] = field(default_factory=list)
-    requeue: list[_Entry] = field(default_factory=list)
 
 
 class Scheduler:
@@ -95,10 +61,10 @@ class Scheduler:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.block_size, digest)
         self.last_step = StepCounters()  # of the step that was completed last
-        self._entries: dict[int, _Entry] = {}
-        self._running: list[_Entry] = []  # by rank
+        self._entries: dict[int, Entry] = {}
+        self._running: list[Entry] = []  # by rank
         self._queue = FairQueue(quantum=config.block_size)
-        self._flights: deque[_Flight] = deque()  # oldest first
+        self._flights: deque[Flight] = deque()  # oldest first
         self._next_step_id = 0
         self._pending = StepCounters()  # what happened since the last plan
 
@@ -136,32 +102,13 @@ class Scheduler:
             raise ValueError(f"request {request.request_id} is open already")
         if request.status is not RequestStatus.WAITING or request.block_ids:
             raise ValueError(f"request {request.request_id} is not new: it is {request.status}")
-        config, known = self.config, request.num_known_tokens
-        if not request.prompt_token_ids:
-            raise AdmissionError("the prompt is empty: at least one token is needed")
-        if known >= config.max_model_len:
-            raise AdmissionError(
-                f"{known} tokens leave no room for a new one: prompt and output have {config.max_model_len} at most"
-            )
-        limit = min(request.num_prompt_tokens + request.params.max_new_tokens, config.max_model_len)
-        if known >= limit:
-            raise AdmissionError(
-                f"nothing is left to generate: {len(request.output_token_ids)} of "
-                f"{request.params.max_new_tokens} new tokens are there"
-            )
-        # The last token's K and V are never needed: nothing comes after it.
-        blocks = self.pool.blocks_for(limit - 1)
-        if blocks > config.num_blocks:
-            raise AdmissionError(
-                f"{limit} tokens ({request.num_prompt_tokens} of the prompt, the rest new) need {blocks} blocks of "
-                f"{config.block_size} tokens, and the cache has {config.num_blocks}: ask for fewer tokens"
-            )
+        limit = token_limit(request, self.config)
         rank = (
-            self._next_step_id - request.priority * config.priority_aging_steps,
+            self._next_step_id - request.priority * self.config.priority_aging_steps,
             request.arrival,
             request.request_id,
         )
-        entry = _Entry(request, rank, limit)
+        entry = Entry(request, rank, limit)
         self._entries[request.request_id] = entry
         self._enqueue(entry)
 
@@ -207,21 +154,23 @@ class Scheduler:
         preempted: list[int] = []
 
         # Streams first: one token each, best rank first. All of them fit, since max_running <= max_tokens_per_step.
-        streaming = False
-        short_of_blocks = False
+        streaming = short_of_blocks = False
         for entry in chosen:
             request = entry.request
-            if request.num_tokens - request.num_computed_tokens != 1 or request.status is not RequestStatus.RUNNING:
-                continue
-            if request.num_tokens >= entry.limit:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # preempted a moment ago
+            num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
+            if num_tokens >= entry.limit:
                 continue  # the token in flight is its last one
-            streaming = True
-            if request.num_computed_tokens == len(request.block_ids) * config.block_size:
+            is_stream = num_tokens - num_computed == 1
+            streaming |= is_stream
+            if num_computed == len(request.block_ids) * config.block_size:
                 if not self.pool.num_available and (short_of_blocks or not self._make_room(entry, preempted)):
                     short_of_blocks = True
                     continue
                 request.block_ids += self.pool.allocate(1)
-            rows.append(self._plan(entry, 1))
+            if is_stream:
+                rows.append(self._plan(entry, num_computed, num_tokens))
 
         # Then whoever has more to catch up, within what is left: little beside streams, so that they do not stall.
         budget = config.max_tokens_per_step - len(rows)
@@ -229,46 +178,48 @@ class Scheduler:
             budget = min(budget, config.mixed_step_tokens)
         for entry in chosen:
             request = entry.request
-            remaining = request.num_tokens - request.num_computed_tokens
-            if remaining > 1 and budget and request.status is RequestStatus.RUNNING:
-                rows.append(self._plan(entry, min(remaining, budget)))
-                budget -= rows[-1].num_new_tokens
+            num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
+            if num_tokens - num_computed > 1 and request.status is RequestStatus.RUNNING:
+                room = len(request.block_ids) * config.block_size - num_computed
+                num_new_tokens = min(num_tokens - num_computed, budget, room)
+                if num_new_tokens:
+                    rows.append(self._plan(entry, num_computed, num_computed + num_new_tokens))
+                    budget -= num_new_tokens
 
         # Then newcomers, unless memory is short: what a preemption has freed is not for them.
         if only is None and not short_of_blocks and not preempted:
             while budget and (admitted := self._admit()) is not None:
                 request = admitted.request
-                rows.append(self._plan(admitted, min(request.num_tokens - request.num_computed_tokens, budget)))
+                num_computed = request.num_computed_tokens
+                rows.append(self._plan(admitted, num_computed, min(request.num_tokens, num_computed + budget)))
                 budget -= rows[-1].num_new_tokens
 
         if not rows:
             return None
         plan = StepPlan(self._next_step_id, tuple(rows), tuple(preempted))
-        self._flights.append(_Flight(plan, self._pending))
+        self._flights.append(Flight(plan, self._pending))
         self._pending = StepCounters()
         self._next_step_id += 1
         return plan
 
-    def _plan(self, entry: _Entry, num_new_tokens: int) -> PlannedRequest:
+    def _plan(self, entry: Entry, start: int, end: int) -> PlannedRequest:
         request = entry.request
-        start = request.num_computed_tokens
-        end = start + num_new_tokens
-        planned = PlannedRequest(
+        num_known, num_inflight = request.num_known_tokens, request.num_inflight_samples
+        samples = end == num_known + num_inflight
+        request.num_computed_tokens = end
+        request.num_inflight_samples += samples
+        entry.steps.append(self._next_step_id)
+        return PlannedRequest(
             request=request,
             start=start,
-            num_new_tokens=num_new_tokens,
+            num_new_tokens=end - start,
             block_ids=tuple(request.block_ids[: self.pool.blocks_for(end)]),
-            samples=end == request.num_tokens,
-            output_index=len(request.output_token_ids) + request.num_inflight_samples,
-            num_inflight=max(0, end - request.num_known_tokens),
+            samples=samples,
+            output_index=num_known + num_inflight - len(request.prompt_token_ids),
+            num_inflight=max(0, end - num_known),
         )
-        request.num_computed_tokens = end
-        if planned.samples:
-            request.num_inflight_samples += 1
-        entry.steps.append(self._next_step_id)
-        return planned
 
-    def _make_room(self, entry: _Entry, preempted: list[int]) -> bool:
+    def _make_room(self, entry: Entry, preempted: list[int]) -> bool:
         """Preempt from the last by rank until a block is available for this stream; False if it has to stand still.
 
         Nobody behind it by rank has been planned yet: streams are planned by rank, the others after them.
@@ -284,13 +235,15 @@ class Scheduler:
                 return False  # its blocks come back with that step: one preemption at a time
         return True
 
-    def _admit(self) -> _Entry | None:
+    def _admit(self) -> Entry | None:
         """Let the next waiting request run, with blocks for all its known tokens; None if it has to wait."""
         request = self._queue.peek()
         if request is None or len(self._running) >= self.config.max_running:
             return None
         entry = self._entries[request.request_id]
         shared = self._find_prefix(entry)
+        if self._is_computing_next_block(entry, len(shared)):
+            return None
         needed = self.pool.blocks_for(request.num_known_tokens) - len(shared)
         available = self.pool.num_available - sum(self.pool.is_cached(block_id) for block_id in shared)
         reserve = 0
@@ -304,7 +257,7 @@ class Scheduler:
         entry.queued = False
         self.pool.share(shared)
         request.block_ids = shared + self.pool.allocate(needed)
-        request.num_computed_tokens = len(shared) * self.config.block_size
+        request.num_computed_tokens = entry.num_confirmed = len(shared) * self.config.block_size
         request.status = RequestStatus.RUNNING
         insort(self._running, entry, key=lambda other: other.rank)
         if not entry.paid:
@@ -318,7 +271,7 @@ class Scheduler:
             self._pending.cached_prompt_tokens += request.num_cached_tokens
         return entry
 
-    def _will_grow(self, entry: _Entry, num_blocks: int) -> bool:
+    def _will_grow(self, entry: Entry, num_blocks: int) -> bool:
         """Whether a request that has so many blocks is going to need more."""
         return self.pool.blocks_for(entry.limit - 1) > num_blocks
 
@@ -340,13 +293,16 @@ class Scheduler:
                 counters.pipeline_discarded_tokens += len(row.token_ids)
                 continue
             entry = self._entries[request.request_id]
-            entry.steps.pop(0)
-            if planned.samples:
-                request.num_inflight_samples -= 1
+            if entry.steps.pop(0) != result.step_id:
+                raise IntegrityError(f"request {request.request_id} does not know of step {result.step_id}")
+            request.num_inflight_samples -= planned.samples
             if row.error is not None:
                 outputs.append(self._finish_with_error(entry, planned.block_ids, row.error))
                 continue
-            self._publish(entry, planned)
+            if request.status is RequestStatus.RUNNING:
+                entry.num_confirmed = planned.start + planned.num_new_tokens
+            if self.config.prefix_caching:
+                self._publish(entry, planned)
             if row.token_ids:
                 output = self._take_tokens(entry, row.token_ids)
                 counters.pipeline_discarded_tokens += len(row.token_ids) - len(output.token_ids)
@@ -354,7 +310,7 @@ class Scheduler:
         self._land(flight)
         return outputs
 
-    def _check_result(self, result: StepResult) -> _Flight:
+    def _check_result(self, result: StepResult) -> Flight:
         if not self._flights:
             raise ValueError(f"a result of step {result.step_id}, and no step is in flight")
         flight = self._flights[0]
@@ -369,28 +325,30 @@ class Scheduler:
         return flight
 
     def _count(self, counters: StepCounters, planned: PlannedRequest, row: RowResult) -> None:
-        request, end = planned.request, planned.start + planned.num_new_tokens
-        first_new = max(planned.start, min(end, request.computed_high_water))
-        counters.recomputed_tokens += first_new - planned.start
-        counters.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - first_new)
+        request, start = planned.request, planned.start
+        end = start + planned.num_new_tokens
         counters.sampled_tokens += len(row.token_ids)
+        if start < request.computed_high_water or start < request.num_prompt_tokens:
+            first_new = max(start, min(end, request.computed_high_water))
+            counters.recomputed_tokens += first_new - start
+            counters.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - first_new)
         request.computed_high_water = max(end, request.computed_high_water)
 
-    def _take_tokens(self, entry: _Entry, token_ids: tuple[int, ...]) -> RequestOutput:
+    def _take_tokens(self, entry: Entry, token_ids: tuple[int, ...]) -> RequestOutput:
         """Append the tokens drawn, up to the one that ends the request, if one does."""
-        request, params = entry.request, entry.request.params
-        for index, token_id in enumerate(token_ids):
+        request, params, eos_token_ids = entry.request, entry.request.params, self.config.eos_token_ids
+        for num_taken, token_id in enumerate(token_ids, start=1):
             request.output_token_ids.append(token_id)
-            taken = token_ids[: index + 1]
-            ends = token_id in params.stop_token_ids or (
-                not params.ignore_eos and token_id in self.config.eos_token_ids
-            )
+            reason = None
+            ends = token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos)
             if ends and len(request.output_token_ids) > params.min_new_tokens:
+                reason = FinishReason.STOP
+            if reason is None and request.num_known_tokens >= entry.limit:
+                reason = FinishReason.LENGTH
+            if reason is not None:
                 self._finish(entry)
-                return RequestOutput(request, taken, FinishReason.STOP, stop_token_id=token_id)
-            if request.num_known_tokens >= entry.limit:
-                self._finish(entry)
-                return RequestOutput(request, taken, FinishReason.LENGTH)
+                stop_token_id = token_id if reason is FinishReason.STOP else None
+                return RequestOutput(request, token_ids[:num_taken], reason, stop_token_id)
         return RequestOutput(request, token_ids)
 
     def rollback(self, step_id: int) -> None:
@@ -401,7 +359,7 @@ class Scheduler:
         """
         if all(flight.plan.step_id != step_id for flight in self._flights):
             raise ValueError(f"step {step_id} is not in flight")
-        undone: list[_Flight] = []
+        undone: list[Flight] = []
         while self._flights and self._flights[-1].plan.step_id >= step_id:
             flight = self._flights.pop()
             undone.insert(0, flight)
@@ -410,8 +368,7 @@ class Scheduler:
                 if request.status is RequestStatus.FINISHED:
                     continue
                 self._entries[request.request_id].steps.pop()
-                if planned.samples:
-                    request.num_inflight_samples -= 1
+                request.num_inflight_samples -= planned.samples
                 if request.status is RequestStatus.RUNNING:
                     request.num_computed_tokens = planned.start
         for flight in undone:
@@ -424,7 +381,7 @@ class Scheduler:
 
     # ---- blocks ----
 
-    def _land(self, flight: _Flight) -> None:
+    def _land(self, flight: Flight) -> None:
         """The step is over: what was in use until now is free."""
         for block_ids in flight.release:
             self.pool.release(block_ids)
@@ -432,7 +389,7 @@ class Scheduler:
             if entry.request.status is RequestStatus.WAITING:
                 self._enqueue(entry)
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: Entry) -> None:
         """Give a request's blocks back, when the last step in flight that uses them is over."""
         request = entry.request
         block_ids, request.block_ids = request.block_ids, []
@@ -441,13 +398,13 @@ class Scheduler:
         else:
             self.pool.release(block_ids)
 
-    def _newest_flight(self, entry: _Entry) -> _Flight:
+    def _newest_flight(self, entry: Entry) -> Flight:
         for flight in self._flights:
             if flight.plan.step_id == entry.steps[-1]:
                 return flight
         raise IntegrityError(f"request {entry.request.request_id} waits for step {entry.steps[-1]}: not in flight")
 
-    def _find_prefix(self, entry: _Entry) -> list[int]:
+    def _find_prefix(self, entry: Entry) -> list[int]:
         """Published blocks with the request's first tokens. At least one token is left over: its logits are needed."""
         found: list[int] = []
         if self.config.prefix_caching:
@@ -458,15 +415,28 @@ class Scheduler:
                 found.append(block_id)
         return found
 
-    def _publish(self, entry: _Entry, planned: PlannedRequest) -> None:
+    def _is_computing_next_block(self, entry: Entry, index: int) -> bool:
+        """Whether a running request is about to fill the first block that this one misses.
+
+        Then waiting is cheaper than computing it twice: the n choices of one prompt, or a burst of requests with one
+        system prompt, follow the first of them. The wait is as long as the other's way to that block.
+        """
+        end = (index + 1) * self.config.block_size
+        if not self.config.prefix_caching or end >= entry.request.num_known_tokens:
+            return False
+        return any(
+            other.num_confirmed < end <= other.request.num_known_tokens
+            and self._key(other, index).same_prefix(self._key(entry, index))
+            for other in self._running
+        )
+
+    def _publish(self, entry: Entry, planned: PlannedRequest) -> None:
         """Let others find the blocks that this step has filled. All their tokens are known by now."""
-        if not self.config.prefix_caching:
-            return
         block_size = self.config.block_size
         for index in range(planned.start // block_size, (planned.start + planned.num_new_tokens) // block_size):
             self.pool.publish(planned.block_ids[index], self._key(entry, index))
 
-    def _key(self, entry: _Entry, index: int) -> BlockKey:
+    def _key(self, entry: Entry, index: int) -> BlockKey:
         """The key of a request's full block; those before it are made on the way."""
         keys, block_size = entry.keys, self.config.block_size
         while len(keys) <= index:
@@ -478,15 +448,15 @@ class Scheduler:
 
     # ---- states ----
 
-    def _enqueue(self, entry: _Entry) -> None:
+    def _enqueue(self, entry: Entry) -> None:
         self._queue.push(entry.request, entry.rank, 0 if entry.paid else entry.limit)
         entry.queued = True
 
-    def _preempt(self, entry: _Entry) -> None:
+    def _preempt(self, entry: Entry) -> None:
         request = entry.request
         self._running.remove(entry)
         request.status = RequestStatus.WAITING
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = entry.num_confirmed = 0
         request.num_preemptions += 1
         self._pending.preemptions += 1
         self._release(entry)
@@ -495,7 +465,7 @@ class Scheduler:
         else:
             self._enqueue(entry)
 
-    def _finish(self, entry: _Entry) -> None:
+    def _finish(self, entry: Entry) -> None:
         request = entry.request
         del self._entries[request.request_id]
         if request.status is RequestStatus.RUNNING:
@@ -508,49 +478,12 @@ class Scheduler:
         request.num_inflight_samples = 0
         self._release(entry)
 
-    def _finish_with_error(self, entry: _Entry, block_ids: Sequence[int], error: str) -> RequestOutput:
+    def _finish_with_error(self, entry: Entry, block_ids: Sequence[int], error: str) -> RequestOutput:
         """End a request whose numbers went wrong. What it read may be the cause, so that is not found again either."""
         self.pool.withdraw(block_ids)
         self._finish(entry)
         return RequestOutput(entry.request, (), FinishReason.ERROR, error=error)
 
-    # ---- the books ----
-
     def check_integrity(self) -> None:
-        """Every invariant that can be seen from the inside, or IntegrityError. Linear in the pool and in the requests."""
-        held = [block_id for entry in self._running for block_id in entry.request.block_ids]
-        held += [block_id for flight in self._flights for blocks in flight.release for block_id in blocks]
-        self.pool.check_integrity(held)
-        steps: dict[int, list[int]] = {}
-        for flight in self._flights:
-            for planned in flight.plan.requests:
-                steps.setdefault(planned.request.request_id, []).append(flight.plan.step_id)
-                if any(self.pool.ref_count(block_id) == 0 for block_id in planned.block_ids):
-                    raise IntegrityError(f"step {flight.plan.step_id} is in flight and its blocks are free")
-        queued = list(self._queue)
-        if [e.rank for e in self._running] != sorted(e.rank for e in self._running):
-            raise IntegrityError("the running requests are out of order")
-        if len(self._running) > self.config.max_running or len(queued) != len(self._queue):
-            raise IntegrityError("too many requests run, or the queue has lost count")
-        for entry in self._entries.values():
-            self._check_entry(entry, queued)
-
-    def _check_entry(self, entry: _Entry, queued: list[Request]) -> None:
-        request = entry.request
-        name = f"request {request.request_id} ({request.status})"
-        running = entry in self._running
-        if running != (request.status is RequestStatus.RUNNING) or request.status is RequestStatus.FINISHED:
-            raise IntegrityError(f"{name} is in the wrong place")
-        if entry.queued != (request in queued) or (running and entry.queued):
-            raise IntegrityError(f"{name} has lost its place in the queue")
-        if not running and (request.block_ids or request.num_computed_tokens):
-            raise IntegrityError(f"{name} waits and holds blocks")
-        if not running and not entry.queued and not any(entry in flight.requeue for flight in self._flights):
-            raise IntegrityError(f"{name} waits and will never be queued again")
-        if running and len(request.block_ids) < self.pool.blocks_for(request.num_computed_tokens):
-            raise IntegrityError(f"{name} has computed more than its blocks hold")
-        if request.num_tokens > entry.limit or request.num_known_tokens >= entry.limit:
-            raise IntegrityError(f"{name} has passed its limit of {entry.limit} tokens")
-        in_flight = {flight.plan.step_id for flight in self._flights}
-        if not in_flight.issuperset(entry.steps):
-            raise IntegrityError(f"{name} waits for steps {entry.steps} that are not in flight")
+        """Every invariant that can be seen from the inside, or IntegrityError. Linear in the pool: for tests."""
+        check_books(self.pool, self._entries, self._running, self._queue, self._flights)

@@ -1,0 +1,83 @@
+"""What the scheduler keeps about requests and plans beside themselves, and the check that it all balances."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from server.engine.block_pool import BlockKey, BlockPool, IntegrityError
+from server.engine.fair_queue import FairQueue, Rank
+from server.engine.plan import StepCounters, StepPlan
+from server.engine.request import Request, RequestStatus
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """An open request.
+
+    rank           its place among all others, fixed when it is added; smaller is better
+    limit          tokens, prompt and output, at which it ends
+    keys           keys of its full blocks from the first on, as far as they have been needed: each is hashed once
+    num_confirmed  tokens whose K and V are known to be in its blocks: num_computed_tokens without the steps in flight
+    steps          ids of the plans in flight that it takes part in, oldest first
+    queued         whether it is in the queue. A preempted request stays outside until the steps above are over
+    paid           whether its tenant has paid for it; being preempted costs nothing
+    """
+
+    request: Request
+    rank: Rank
+    limit: int
+    keys: list[BlockKey] = field(default_factory=list)
+    num_confirmed: int = 0
+    steps: list[int] = field(default_factory=list)
+    queued: bool = False
+    paid: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A plan whose result is not known. Blocks in `release` and requests in `requeue` are tied to it until it is."""
+
+    plan: StepPlan
+    counters: StepCounters
+    release: list[list[int]] = field(default_factory=list)
+    requeue: list[Entry] = field(default_factory=list)
+
+
+def check_books(
+    pool: BlockPool, entries: dict[int, Entry], running: list[Entry], queue: FairQueue, flights: deque[Flight]
+) -> None:
+    """Every invariant that can be seen from the inside, or IntegrityError. Linear in the pool and the requests."""
+    held = [block_id for entry in running for block_id in entry.request.block_ids]
+    held += [block_id for flight in flights for block_ids in flight.release for block_id in block_ids]
+    pool.check_integrity(held)
+    if [entry.rank for entry in running] != sorted(entry.rank for entry in running):
+        raise IntegrityError("the running requests are out of order")
+
+    steps: dict[int, list[int]] = {}
+    for flight in flights:
+        for planned in flight.plan.requests:
+            if planned.request.status is not RequestStatus.FINISHED:
+                steps.setdefault(planned.request.request_id, []).append(flight.plan.step_id)
+            if any(pool.ref_count(block_id) == 0 for block_id in planned.block_ids):
+                raise IntegrityError(f"step {flight.plan.step_id} is in flight and its blocks are free")
+
+    places = [id(entry.request) for entry in running] + [id(request) for request in queue]
+    places += [id(e.request) for f in flights for e in f.requeue if e.request.status is not RequestStatus.FINISHED]
+    if sorted(places) != sorted(id(entry.request) for entry in entries.values()):
+        raise IntegrityError("an open request is nowhere, or in two places")
+
+    for request_id, entry in entries.items():
+        request = entry.request
+        name = f"request {request_id} ({request.status})"
+        if (entry in running) != (request.status is RequestStatus.RUNNING):
+            raise IntegrityError(f"{name} is in the wrong place")
+        if entry.steps != steps.get(request_id, []):
+            raise IntegrityError(f"{name} takes part in steps {steps.get(request_id, [])}, noted are {entry.steps}")
+        if request.num_known_tokens >= entry.limit or request.num_tokens > entry.limit:
+            raise IntegrityError(f"{name} has {request.num_tokens} tokens, its limit is {entry.limit}")
+        if request.status is RequestStatus.WAITING:
+            if request.block_ids or request.num_computed_tokens:
+                raise IntegrityError(f"{name} waits and holds blocks")
+        elif not entry.num_confirmed <= request.num_computed_tokens <= len(request.block_ids) * pool.block_size:
+            raise IntegrityError(f"{name} has computed more than its blocks hold")
