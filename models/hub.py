@@ -38,12 +38,12 @@ def resolve_model(
             raise ModelError(f"the built-in model {model} is missing from this installation; install Stet again")
         return folder
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model and folder.is_dir():
         return folder.resolve()
     if folder.is_file():
         raise ModelError(f"{model} is a file; give the folder that holds config.json and *.safetensors")
     if _only_a_path(model) or not _HUB_ID.fullmatch(model):
-        raise ModelError(f"there is no folder {model}; check the path, or give a Hub id like Qwen/Qwen3-0.6B")
+        raise ModelError(f"there is no folder {model!r}; check the path, or give a Hub id like Qwen/Qwen3-0.6B")
     return _from_hub(model, revision, offline, progress)
 
 
@@ -78,21 +78,22 @@ def _from_hub(model: str, revision: str | None, offline: bool, progress: Callabl
     at = f" at revision {revision}" if revision else ""
     try:
         if offline:
-            return download(local_files_only=True)
+            return _with_weights(download(local_files_only=True), model)
         if progress is not None:
             progress(f"Looking up {model}{at} on the Hugging Face Hub")
         folder = download(local_files_only=False)
         if progress is not None:
             progress(f"{model}{at} is in {folder}")
-        return folder
+        return _with_weights(folder, model)
+    except ModelError:
+        raise
     except GatedRepoError:
         raise ModelError(
             f"{model} is gated: accept its terms on its Hub page, then set HF_TOKEN to a token of that account"
         ) from None
     except RepositoryNotFoundError:
         raise ModelError(
-            f"{model} is neither a folder here nor a model on the Hugging Face Hub; check the name, "
-            "or set HF_TOKEN if it is private"
+            f"{model} is neither a folder here nor a model on the Hub; check the name, or set HF_TOKEN if it is private"
         ) from None
     except RevisionNotFoundError:
         raise ModelError(f"{model} has no revision {revision!r} on the Hub; check the branch, tag or commit") from None
@@ -101,15 +102,28 @@ def _from_hub(model: str, revision: str | None, offline: bool, progress: Callabl
     except LocalEntryNotFoundError:
         if offline:
             raise ModelError(
-                f"{model}{at} is not a folder here nor in the Hub cache, and downloads are off; "
+                f"{model}{at} is not a folder here nor whole in the Hub cache, and downloads are off; "
                 "download it once while online, or give a folder"
             ) from None
         raise ModelError(
-            f"{model}{at} is not a folder here nor in the Hub cache, and the Hub cannot be reached; "
+            f"{model}{at} is not a folder here nor whole in the Hub cache, and the Hub cannot be reached; "
             "check the network, or give a folder"
         ) from None
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", "no")
         raise ModelError(f"the Hub refused {model}{at} (HTTP status {status}); try again, or give a folder") from None
-    except OSError as error:
-        raise ModelError(f"{model}{at} could not be downloaded ({error}); check the network and disk space") from None
+    except Exception as error:  # the client's transport has exceptions of its own, which change with its version
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"{model}{at} could not be downloaded ({reason}); check the network and the space on the disk"
+        ) from None
+
+
+def _with_weights(folder: Path, model: str) -> Path:
+    """Pass `folder` on if it has safetensors. Other formats were not downloaded, so only the Hub can tell of them."""
+    if any(folder.glob("*.safetensors")):
+        return folder
+    raise ModelError(
+        f"{model} has no safetensors weights on the Hub, and other formats are not read; look for a revision or a "
+        "repository that has them, or convert: AutoModelForCausalLM.from_pretrained(model).save_pretrained(new_folder)"
+    )

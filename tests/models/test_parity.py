@@ -1,0 +1,229 @@
+"""Our models against transformers, float32: the same greedy tokens, the same logits, through the paged KV cache."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from paged_greedy import greedy
+from torch import Tensor
+
+from kernels.ops import Ops
+from kernels.reference import ReferenceOps
+from models.layers import DecoderModel
+from models.loader import load_model, resolve_model, save_random_checkpoint
+
+with warnings.catch_warnings():
+    # transformers and what it imports warn about their own deprecations; those are not ours to fix.
+    warnings.simplefilter("ignore")
+    import transformers
+
+TOLERANCE = 1e-4
+NUM_TOKENS = 64
+PROMPT_TOKENS = 45  # three blocks of 16, the last one partly filled
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+# family, heads, KV heads, head size, what else is set
+CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
+    "llama-8x8x16": ("Llama", 8, 8, 16, {}),
+    "llama-8x4x32-tied-biases": (
+        "Llama",
+        8,
+        4,
+        32,
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama-9x3x64-tied": ("Llama", 9, 3, 64, {"tie_word_embeddings": True}),  # the shape of SmolLM2-135M
+    "llama-4x1x80": ("Llama", 4, 1, 80, {}),
+    "llama-8x2x32-llama3-rope": ("Llama", 8, 2, 32, {"rope_parameters": LLAMA3}),
+    "llama-4x2x32-linear-rope": (
+        "Llama",
+        4,
+        2,
+        32,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "mistral-8x2x16-window": ("Mistral", 8, 2, 16, {"sliding_window": 24}),
+    "mistral-12x4x32": ("Mistral", 12, 4, 32, {"sliding_window": None}),
+    "mistral-4x4x96-head-dim": ("Mistral", 4, 4, 96, {"sliding_window": None, "hidden_size": 128}),
+    "qwen2-4x2x64-tied": ("Qwen2", 4, 2, 64, {"tie_word_embeddings": True}),
+    "qwen2-12x4x16": ("Qwen2", 12, 4, 16, {}),
+    "qwen2-4x1x32-some-windows": (
+        "Qwen2",
+        4,
+        1,
+        32,
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "qwen3-4x2x32-head-dim-tied": ("Qwen3", 4, 2, 32, {"hidden_size": 64, "tie_word_embeddings": True}),
+    "qwen3-8x8x16": ("Qwen3", 8, 8, 16, {}),
+    "qwen3-9x3x96-bias": ("Qwen3", 9, 3, 96, {"hidden_size": 72, "attention_bias": True}),
+    "smollm3-4x2x32-nope": ("SmolLM3", 4, 2, 32, {"no_rope_layer_interval": 2}),
+}
+
+
+def cpu_ops() -> Ops:
+    from kernels.cpu.ops import CpuOps
+
+    return CpuOps(dtype=torch.float32)
+
+
+BACKENDS: dict[str, Callable[[], Ops]] = {"reference": ReferenceOps, "cpu": cpu_ops}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only makes each operation wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=list(BACKENDS))
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return BACKENDS[request.param]()
+
+
+@dataclass
+class Oracle:
+    """What transformers makes of a checkpoint: for each prompt the new ids and the logits of all positions."""
+
+    folder: Path
+    prompts: list[list[int]]
+    ids: list[list[int]]
+    logits: list[Tensor]
+
+
+@torch.inference_mode()
+def consult(model: Any, folder: Path, prompts: list[list[int]]) -> Oracle:
+    """Greedy decoding with transformers' own cache, then all positions once more without it."""
+    ids, logits = [], []
+    for prompt in prompts:
+        new: list[int] = []
+        cache, step = None, torch.tensor([prompt])
+        while len(new) < NUM_TOKENS:
+            output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            new.append(int(output.logits[0, -1].argmax()))
+            cache, step = output.past_key_values, torch.tensor([new[-1:]])
+        ids.append(new)
+        logits.append(model(torch.tensor([prompt + new[:-1]])).logits[0])
+    return Oracle(folder, prompts, ids, logits)
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    family, num_heads, num_kv_heads, head_dim, extra = CASES[request.param]
+    sizes = {
+        "vocab_size": 307,
+        "hidden_size": num_heads * head_dim,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    torch.manual_seed(11)
+    config = getattr(transformers, f"{family}Config")(**(sizes | extra))
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # large enough that attention is peaked and every weight matters
+            scale = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[1] ** 0.5
+            parameter.add_(torch.randn_like(parameter) * scale)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    return consult(model, folder, some_prompts(307))
+
+
+def some_prompts(vocab_size: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in (PROMPT_TOKENS, 17)]
+
+
+def compare(got: tuple[list[int], Tensor], oracle: Oracle, index: int) -> None:
+    ids, logits = got
+    difference = (logits - oracle.logits[index]).abs().max()
+    assert difference < TOLERANCE
+    assert ids == oracle.ids[index]
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_same_tokens_and_logits(oracle: Oracle, ops: Ops, chunks: int) -> None:
+    """Alone: the prompt in one chunk and in two, each followed by 63 single tokens."""
+    model = load_model(oracle.folder, ops)
+    (got,) = greedy(model, ops, oracle.prompts[:1], NUM_TOKENS, chunks)
+    compare(got, oracle, 0)
+
+
+def test_same_tokens_and_logits_in_a_batch(oracle: Oracle, ops: Ops) -> None:
+    """Two sequences of different lengths in every step, their blocks interleaved in the pool."""
+    model = load_model(oracle.folder, ops)
+    for index, got in enumerate(greedy(model, ops, oracle.prompts, NUM_TOKENS, chunks=3)):
+        compare(got, oracle, index)
+
+
+def test_the_oracle_says_something(oracle: Oracle) -> None:
+    """A model that repeats itself or does not look back would make the comparisons above easy."""
+    assert len(set(oracle.ids[0])) >= 8
+    assert oracle.logits[0].std() > 0.3
+
+
+@pytest.fixture(scope="module")
+def tales() -> Oracle:
+    folder = resolve_model("stet-tales")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return consult(model, folder, some_prompts(model.config.vocab_size))
+
+
+def test_built_in_model(tales: Oracle, ops: Ops) -> None:
+    model = load_model(tales.folder, ops)
+    for index, (ids, logits) in enumerate(greedy(model, ops, tales.prompts, NUM_TOKENS, chunks=2)):
+        used = used_ids(model)
+        assert (logits[:, :used] - tales.logits[index][:, :used]).abs().max() < TOLERANCE
+        assert ids == tales.ids[index]
+
+
+def used_ids(model: DecoderModel) -> int:
+    """Ids that the model has not masked."""
+    hidden = torch.zeros(1, model.config.hidden_size)
+    return int((model.logits(hidden)[0] > -1e30).sum())
+
+
+def test_random_checkpoint_is_the_random_model(tmp_path: Path) -> None:
+    """What save_random_checkpoint writes, transformers computes alike: a peer can run the same weights."""
+    source = transformers.Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        dtype="float32",
+    )
+    hf_config = json.loads(source.to_json_string(use_diff=False)) | {"architectures": ["Qwen3ForCausalLM"]}
+    save_random_checkpoint(hf_config, tmp_path, seed=3, std=0.2)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ops = ReferenceOps()
+    prompt = list(range(40))
+    ((_, logits),) = greedy(load_model(tmp_path, ops), ops, [prompt], 1)
+    with torch.inference_mode():
+        assert (logits - model(torch.tensor([prompt])).logits[0]).abs().max() < TOLERANCE
