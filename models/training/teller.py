@@ -7,35 +7,26 @@ happens, `more` for detail that may be left out, and `ask` for facts that follow
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from models.training.world import (
-    ELDERS,
-    HE,
-    KINDS,
-    LOOKS,
-    PLACES,
-    SEASONS,
-    SHE,
-    THINGS,
-    TIMES,
-    TRAITS,
-    WEATHERS,
-    Kind,
-    Place,
-    Thing,
-    Weather,
-    a,
-)
+from models.training.scenes import GLANCES, PLACES, SEASONS, TIMES, WEATHERS, Place, Weather
+from models.training.world import ELDERS, HE, KINDS, LOOKS, SHE, THINGS, TRAITS, Kind, Thing, a
 
 T = TypeVar("T")
+# A letter that begins a sentence: at the start, or after ". " and the like, but not after a closing quote
+# (“Who?” asked ...).
+SENTENCE_START = re.compile(r"(^“?|[.!?] “?)([a-zà-ÿ])")
 
 
 @dataclass(frozen=True)
 class Someone:
-    """A character. `str()` is the name; the pronouns are attributes, so that templates can say `{h.his}`."""
+    """A character. `str()` is the name; the pronouns are attributes, so that templates can say `{h.his}`.
+
+    `{h.He}` begins a sentence.
+    """
 
     name: str
     kind: Kind
@@ -52,11 +43,11 @@ class Someone:
         return "her" if self.he == "she" else "his"
 
     @property
-    def He(self) -> str:  # noqa: N802: a capital letter in the template stands for one in the text
+    def He(self) -> str:
         return self.he.capitalize()
 
     @property
-    def His(self) -> str:  # noqa: N802
+    def His(self) -> str:
         return self.his.capitalize()
 
     @property
@@ -114,6 +105,8 @@ class Story:
     key: tuple[str, ...]  # the skeleton: what the plot chose, without names and wording
     item: Item | None
     weather: Weather
+    place: Place
+    friend: Someone | None = None  # the second character, where there is one
     names: list[str] = field(default_factory=list)
 
     @property
@@ -151,7 +144,9 @@ class Teller:
         self.h = self.someone("h")
         self.f = self.someone("f")
         self.place = self.a_place("p")
-        self.env.update(time=self.time, season=rng.choice(SEASONS), w=self.weather.word)
+        cold = self.weather.word in ("snowy", "cold")
+        season = "winter" if cold else rng.choice([s for s in SEASONS if s != "winter"])
+        self.env.update(time=self.time, season=season, w=self.weather.word)
 
     # -- choices ------------------------------------------------------------------------------------------------
     def pick(self, options: Sequence[T]) -> T:
@@ -168,7 +163,7 @@ class Teller:
     def someone(self, slot: str) -> Someone:
         """A new character, of another name and kind than those already here, in `slot` of the templates."""
         kind = self.rng.choice([k for k in KINDS if k.word not in self.used_kinds])
-        she = kind.word == "girl" or (kind.word not in ("boy",) and self.rng.random() < 0.5)
+        she = kind.word in ("girl", "princess") or (kind.word != "boy" and self.rng.random() < 0.5)
         name = self.rng.choice([n for n in (SHE if she else HE) if n not in self.used_names])
         trait = self.rng.choice(TRAITS)
         who = Someone(name, kind, trait.word, "", "she" if she else "he")
@@ -186,7 +181,8 @@ class Teller:
 
     def a_place(self, slot: str) -> Place:
         used = {p.name for p in self.env.values() if isinstance(p, Place)}
-        place = self.pick([p for p in PLACES if p.name not in used])
+        home = "the " + self.h.kind.home
+        place = self.pick([p for p in PLACES if p.name not in used and p.name != home])
         self.env[slot] = place
         return place
 
@@ -204,10 +200,7 @@ class Teller:
     # -- words --------------------------------------------------------------------------------------------------
     def fill(self, template: str) -> str:
         text = template.format(**self.env)
-        for i, letter in enumerate(text):
-            if letter.isalpha():
-                text = text[:i] + letter.upper() + text[i + 1 :]
-                break
+        text = SENTENCE_START.sub(lambda m: m.group(1) + m.group(2).upper(), text)
         return text if self.curly else text.replace("“", '"').replace("”", '"')
 
     def say(self, *options: str) -> None:
@@ -229,25 +222,25 @@ class Teller:
 
     def open(self) -> None:
         """The first sentences: who, where, in which weather."""
-        h, p = self.h, self.place
+        h = self.h
         lines = (
             "Once upon a time there was {h.a} named {h}.",
-            "Once upon a time, {h.a} named {h} lived in a {home} near {p.name}.",
+            "Once upon a time, {h.a} named {h} lived in {home} near {p.name}.",
             "Once upon a time there lived {h.a}. {h.His} name was {h}.",
             "There once was {h.a} called {h}.",
             "Near {p.name} there lived {h.a} named {h}.",
             "{h} was {h.a} who lived near {p.name}.",
-            "{h.full} lived in a {home} near {p.name}.",
+            "{h.full} lived in {home} near {p.name}.",
             "One {w} {time}, {h.full} went to {p.name}.",
             "It was a {w} {time} in {season}. {h.full} was {p.at}.",
             "Long ago, when the {season}s were long, there was {h.a} named {h}.",
-            "In a small {home} near {p.name} lived {h.full}.",
+            "In a small {bare_home} near {p.name} lived {h.full}.",
             "This is the story of {h}, {h.a}.",
-            "Not far from {p.name}, in a cosy {home}, lived {h.a} named {h}.",
-            "On a {w} {time}, {h.a} named {h} woke up early.",
+            "Not far from {p.name}, in a cosy {bare_home}, lived {h.a} named {h}.",
+            "On a {w} day, {h.a} named {h} woke up early.",
             "Everyone near {p.name} knew {h}, {h.a}.",
         )
-        self.env["home"] = h.kind.home
+        self.env.update(home=a(h.kind.home), bare_home=h.kind.home)
         first = self.rng.randrange(len(lines)) if self.rng.random() < 0.5 else self.rng.randrange(3)
         self.say(lines[first])
         self.more("{h} " + h.habit + ".", "{h.He} " + h.habit + ".", share=0.4)
@@ -259,19 +252,20 @@ class Teller:
             share=0.25,
         )
         if self.rng.random() < 0.35 and not self.brief:
-            self.say(f"It was a {self.weather.word} {self.time}.", *self.weather.lines)
-            if "{w}" not in lines[first]:
-                self.ask("What was the weather like?", self.weather.word + ".") if "It was a" in self.sentences[
-                    -1
-                ] else None
-        self.more(f"{p.sight} {p.at}.", f"It was a fine {self.time} {p.at}.", share=0.15)
-        self.facts.append((f"What kind of animal is {h}?", f"{a(h.word).capitalize()}.")) if h.word not in (
-            "girl",
-            "boy",
-            "robot",
-            "dragon",
-        ) else None
+            self.say("It was a {w} {time}.", *self.weather.lines)
+        self.interlude(0.25)
+        if self.weather.word in " ".join(self.sentences):
+            self.facts.append(("What was the weather like?", f"{self.weather.word.capitalize()}."))
         self.facts.append(("Who is the story about?", f"{h}."))
+
+    def outdoors(self) -> None:
+        """Move the story to a place under the sky, for plots that need one."""
+        self.place = self.pick([p for p in PLACES if not p.indoors and p.name != "the " + self.h.kind.home])
+        self.env["p"] = self.place
+
+    def interlude(self, share: float = 0.35) -> None:
+        """A glance at the world that changes nothing."""
+        self.more(*GLANCES, f"{self.place.sight} {self.place.at}.", share=share)
 
     def close(self, *morals: str) -> None:
         """The last sentence: a moral of the plot, or a plain ending that fits the mood."""
@@ -291,16 +285,35 @@ class Teller:
             "{h} went home with a heavy heart.",
             "That night {h} lay awake for a long time.",
         )
-        self.say(*(happy if self.mood == "happy" else sad))
+        endings = happy if self.mood == "happy" else sad
+        told = " ".join(self.sentences)
+        self.say(*(line for line in endings if "{f}" not in line or f"{self.f}" in told))
         if morals:
             self.more(*morals, share=0.5)
         if self.rng.random() < 0.15 and not self.brief:
             self.say("The end.")
         self.facts.append((f"How did {self.h} feel at the end?", "Happy." if self.mood == "happy" else "Sad."))
+        for who in (self.h, self.f):
+            if re.search(rf"\b{who.word}\b", told) and who.word not in ("girl", "boy"):
+                self.facts.append((f"What is {who}?", f"{a(who.word).capitalize()}."))
 
     def story(self, plot: str, title: str) -> Story:
+        deed = self.deed.format(**self.env)
+        breaks = [i for i in self.breaks if i < len(self.sentences)]
         return Story(
-            plot, self.h, self.fill(title), self.sentences, self.breaks, self.fill(self.summary), self.deed.format(
-                **self.env
-            ), self.mood, self.facts, (plot, *self.key), self.item, self.weather, list(self.used_names),
+            plot=plot,
+            hero=self.h,
+            title=self.fill(title),
+            sentences=self.sentences,
+            breaks=breaks,
+            summary=self.fill(self.summary),
+            deed=deed,
+            mood=self.mood,
+            facts=self.facts,
+            key=(plot, *self.key),
+            item=self.item,
+            weather=self.weather,
+            place=self.place,
+            friend=self.f if self.f.name in " ".join(self.sentences) else None,
+            names=list(self.used_names),
         )

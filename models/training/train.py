@@ -1,0 +1,194 @@
+"""The training loop: pre-training on the whole stream, then instruction tuning on the answers.
+
+A run is resumable: its checkpoint holds weights, optimizer and the number of tokens seen, and the batch at a token
+count is a slice of the stream. With a budget in tokens a resumed run equals an uninterrupted one to the bit; with a
+budget in minutes the schedule follows the clock, so that the run ends when it should on a machine that others use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.training.decoder import Decoder, Shape
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Exactly one of `minutes` and `tokens` is the budget."""
+
+    peak_lr: float
+    minutes: float | None = None
+    tokens: int | None = None
+    batch_tokens: int = 8192
+    lengths: tuple[tuple[float, int], ...] = ((0.6, 256), (0.9, 512), (1.0, 1024))  # until this share, so long
+    warmup: float = 0.02
+    decay_from: float = 0.5  # constant until then, linear to zero afterwards (WSD, Hu et al. 2024)
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    seed: int = 1
+    compile: bool = True
+    checkpoint_seconds: float = 60.0
+    report_seconds: float = 5.0
+
+    def __post_init__(self) -> None:
+        if (self.minutes is None) == (self.tokens is None):
+            raise ValueError("give a budget either in minutes or in tokens")
+
+    def lr(self, share: float) -> float:
+        """The learning rate at a share (0 to 1) of the budget."""
+        if share < self.warmup:
+            return self.peak_lr * (share + 1e-3) / (self.warmup + 1e-3)
+        if share < self.decay_from:
+            return self.peak_lr
+        return self.peak_lr * max(0.02, (1 - share) / (1 - self.decay_from))
+
+    def length(self, share: float) -> int:
+        return next((length for until, length in self.lengths if share < until), self.lengths[-1][1])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Token ids in one row, documents one after the other; `mask` marks the tokens that the loss counts (None: all)."""
+
+    tokens: NDArray[np.uint16]
+    mask: NDArray[np.uint8] | None = None
+
+    def batch(self, start: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each [rows, length] int64, from token `start` on; the stream repeats at its end."""
+        where = np.arange(start, start + rows * length + 1) % len(self.tokens)
+        ids = torch.from_numpy(self.tokens[where].astype(np.int64))
+        inputs, targets = ids[:-1], ids[1:]
+        if self.mask is not None:
+            targets = torch.where(torch.from_numpy(self.mask[where][1:].astype(bool)), targets, -100)
+        return inputs.view(rows, length).to(device), targets.reshape(rows, length).to(device)
+
+
+def optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the embedding and the norms.
+
+    Muon learns more from a token, and tokens are what two CPU cores are short of.
+    """
+    matrices = [w for name, w in model.named_parameters() if w.dim() == 2 and "embed" not in name]
+    embedding = [w for name, w in model.named_parameters() if "embed" in name]
+    norms = [w for w in model.parameters() if w.dim() == 1]
+    muon = torch.optim.Muon(
+        matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    adam = torch.optim.AdamW(
+        [{"params": embedding}, {"params": norms}], lr=recipe.peak_lr, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    return [muon, adam]
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write beside, then rename: a kill leaves the old checkpoint or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    torch.save(state, beside)
+    os.replace(beside, path)
+
+
+def load_weights(path: Path, shape: Shape) -> Decoder:
+    """The decoder of a checkpoint. Raises FileNotFoundError, with what to do, where there is none."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run the stage `{path.stem}` first")
+    model = Decoder(shape)
+    model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["model"])
+    return model
+
+
+def train(
+    model: Decoder,
+    stream: Stream,
+    recipe: Recipe,
+    checkpoint: Path,
+    report: Report = print,
+    stop_after: int | None = None,
+) -> dict[str, float]:
+    """Train `model` in place until the budget is spent; resume from `checkpoint` where it exists.
+
+    `stop_after` ends the call after so many steps (as a kill after a checkpoint would). Returns tokens, seconds and the
+    smoothed loss, which also go into a JSON file beside the checkpoint.
+    """
+    device = pick_device()
+    torch.manual_seed(recipe.seed)
+    model.to(device).train()
+    opts = optimizers(model, recipe)
+    seen, spent, smooth, steps = 0, 0.0, math.nan, 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=device)
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        seen, spent, smooth = state["tokens"], state["seconds"], state["loss"]
+        report(f"resumed at {seen / 1e6:.2f}M tokens, {spent / 60:.1f} min")
+    loss_of = torch.compile(model.loss, dynamic=False) if recipe.compile else model.loss
+    began = time.monotonic() - spent
+    saved_at = reported_at = time.monotonic()
+    reported_tokens = seen
+
+    def share() -> float:
+        if recipe.tokens is not None:
+            return seen / recipe.tokens
+        return (time.monotonic() - began) / (60 * (recipe.minutes or 1))
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizers": [opt.state_dict() for opt in opts]}
+        save_checkpoint(checkpoint, state | {"tokens": seen, "seconds": time.monotonic() - began, "loss": smooth})
+
+    while (now := share()) < 1 and (stop_after is None or steps < stop_after):
+        length = recipe.length(now)
+        rate = recipe.lr(now)
+        for opt in opts:
+            for group in opt.param_groups:
+                group["lr"] = rate
+        inputs, targets = stream.batch(seen, max(1, recipe.batch_tokens // length), length, device)
+        autocast = torch.autocast(device.type, torch.bfloat16) if recipe.compile else contextlib.nullcontext()
+        with autocast:
+            loss = loss_of(inputs, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad(set_to_none=True)
+        seen += inputs.numel()
+        steps += 1
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the loss is {value} at {seen} tokens: lower the learning rate")
+        smooth = value if math.isnan(smooth) else 0.95 * smooth + 0.05 * value
+        clock = time.monotonic()
+        if clock - reported_at >= recipe.report_seconds:
+            left = (clock - began) * (1 - share()) / max(share(), 1e-9)
+            speed = (seen - reported_tokens) / (clock - reported_at)
+            report(
+                f"{checkpoint.stem}: {100 * share():5.1f}%  {seen / 1e6:6.2f}M tokens  loss {smooth:.4f}  "
+                f"lr {rate:.2e}  length {length}  {speed:,.0f} tokens/s  {left / 60:.1f} min left"
+            )
+            reported_at, reported_tokens = clock, seen
+        if clock - saved_at >= recipe.checkpoint_seconds:
+            save()
+            saved_at = clock
+    save()
+    result = {"tokens": float(seen), "seconds": time.monotonic() - began, "loss": smooth}
+    checkpoint.with_suffix(".json").write_text(json.dumps(result) + "\n")
+    return result
