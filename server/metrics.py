@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -19,9 +18,6 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from server.engine.messages import Heartbeat, Ready, StepStats
-from server.engine.request import FinishReason
-from server.generation import ErrorCode
-from server.version import VERSION
 
 # A small model on a fast card answers in a millisecond and a long prompt on a laptop in a minute: the first bucket of
 # every latency is 0.5 ms, so that neither hides in an end bucket.
@@ -37,15 +33,20 @@ _TOKEN_COUNT_BUCKETS = tuple(float(2**power) for power in range(18))
 
 # The label sets are fixed: a client cannot make new series by inventing routes or methods.
 ENDPOINTS = ("/generate",)
-OUTCOMES = (
-    *(reason.value for reason in FinishReason),
-    *get_args(ErrorCode),
-    # Refusals that only the HTTP layer knows.
+FINISHED = ("stop", "length", "cancelled", "deadline", "error")
+REFUSED = (
+    "invalid_request",
+    "context_length_exceeded",
     "timeout",
     "too_large",
     "unsupported_media_type",
+    "queue_full",
+    "internal",
+    "unsupported",
+    "loading",
+    "draining",
+    "engine_restarting",
 )
-_FINISHED = frozenset(reason.value for reason in FinishReason)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _DISCARD_REASONS = ("stop", "abort", "pipeline")
 _MEMORY_KINDS = ("weights", "kv_cache", "workspace", "graphs")
@@ -171,7 +172,7 @@ class Metrics:
 
         # Series that exist from the start: a rate over a counter that appears with its first event misses that event.
         for endpoint in ENDPOINTS:
-            for outcome in OUTCOMES:
+            for outcome in (*FINISHED, *REFUSED):
                 self._requests.labels(endpoint, outcome)
         for reason in _DISCARD_REASONS:
             self._discarded.labels(reason)
@@ -186,7 +187,7 @@ class Metrics:
         identity = ready.identity
         self._build_info.clear()
         self._build_info.labels(
-            VERSION,
+            identity.versions.get("stet", "unknown"),
             identity.model,
             identity.architecture,
             identity.dtype,
@@ -275,7 +276,7 @@ class Metrics:
         Refusals are counted and not timed: thousands of quick ones would hide how long answers take.
         """
         self._requests.labels(endpoint, outcome).inc()
-        if outcome not in _FINISHED:
+        if outcome not in FINISHED:
             return
         self._duration.observe(duration)
         self._request_prompt_tokens.observe(prompt_tokens)
