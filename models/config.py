@@ -8,7 +8,7 @@ A value that would change the computation in a way that is not implemented is re
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,14 +25,20 @@ class RopeScaling:
 
     kind "linear": every frequency divided by `factor` (position interpolation, arXiv:2306.15595).
     kind "llama3": only the low frequencies are, with a smooth passage between the wavelengths
-        original_max_position_embeddings / low_freq_factor and ... / high_freq_factor (Llama 3.1).
+        original_max_position_embeddings / low_freq_factor and ... / high_freq_factor (Llama 3.1, arXiv:2407.21783).
+    kind "yarn": likewise, between beta_fast and beta_slow turns over the original length (arXiv:2309.00071).
+    attention_factor multiplies cosines and sines (yarn; 1 for the others).
     """
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
+    original_max_position_embeddings: int = 8192
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +198,11 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 
 
 class _Fields:
-    """Typed access to config.json; every refusal names the field, what it held and what it must hold."""
+    """Typed access to config.json; every refusal names the field (after `prefix`), what it held and what it must."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], prefix: str = "") -> None:
         self.config = config
+        self.prefix = prefix
 
     def size(self, name: str, missing: int | None = None, null: int | None = None) -> int:
         """A positive integer; `missing` and `null` say what an absent or null field means, if that is allowed."""
@@ -203,26 +210,27 @@ class _Fields:
         if value is None and name in self.config and null is not None:
             value = null
         if value is None:
-            raise ModelError(f"{name} is missing; it must be a positive integer")
+            raise ModelError(f"{self.prefix}{name} is missing; it must be a positive integer")
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{name} is {value!r}; it must be a positive integer")
+            raise ModelError(f"{self.prefix}{name} is {value!r}; it must be a positive integer")
         return value
 
     def positive(self, name: str) -> float:
+        """A finite number above zero."""
         value = self.config.get(name)
         if value is None:
-            raise ModelError(f"{name} is missing; it must be a positive number")
-        return positive_number(name, value)
+            raise ModelError(f"{self.prefix}{name} is missing; it must be a positive number")
+        return _positive(f"{self.prefix}{name}", value)
 
     def flag(self, name: str, missing: bool) -> bool:
+        """True or false; `missing` where the field is absent."""
         value = self.config.get(name, missing)
         if not isinstance(value, bool):
-            raise ModelError(f"{name} is {value!r}; it must be true or false")
+            raise ModelError(f"{self.prefix}{name} is {value!r}; it must be true or false")
         return value
 
 
-def positive_number(name: str, value: Any) -> float:
-    """`value` as a float if it is a finite number above zero; ModelError naming `name` if not."""
+def _positive(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ModelError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
@@ -287,31 +295,67 @@ def _rope(config: Mapping[str, Any], family: _Family) -> tuple[float, RopeScalin
     if rope.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise ModelError(f"{name}.partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported")
 
-    theta = positive_number("rope_theta", rope.get("rope_theta", config.get("rope_theta") or family.rope_theta))
+    theta = _positive("rope_theta", rope.get("rope_theta", config.get("rope_theta") or family.rope_theta))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "llama3"):
-        raise ModelError(f"{name}.rope_type is {kind!r}; supported are 'default', 'linear' and 'llama3'")
+    if kind not in _ROPE_SCALINGS:
+        raise ModelError(f"{name}.rope_type is {kind!r}; supported are 'default', {str(list(_ROPE_SCALINGS))[1:-1]}")
+    return theta, _ROPE_SCALINGS[kind](_Fields(rope, f"{name}."), config)
 
-    def number(field: str) -> float:
-        if field not in rope:
-            raise ModelError(f"{name}.{field} is missing; rope_type {kind!r} needs it")
-        return positive_number(f"{name}.{field}", rope[field])
 
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=number("factor"))
-    length = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+def _linear_scaling(rope: _Fields, config: Mapping[str, Any]) -> RopeScaling:
+    return RopeScaling("linear", rope.positive("factor"))
+
+
+def _llama3_scaling(rope: _Fields, config: Mapping[str, Any]) -> RopeScaling:
     scaling = RopeScaling(
-        kind="llama3",
-        factor=number("factor"),
-        low_freq_factor=number("low_freq_factor"),
-        high_freq_factor=number("high_freq_factor"),
-        original_max_position_embeddings=int(positive_number(f"{name}.original_max_position_embeddings", length)),
+        "llama3",
+        rope.positive("factor"),
+        _original_length(rope, config),
+        low_freq_factor=rope.positive("low_freq_factor"),
+        high_freq_factor=rope.positive("high_freq_factor"),
     )
     if scaling.low_freq_factor >= scaling.high_freq_factor:
-        raise ModelError(f"{name}.low_freq_factor must be below {name}.high_freq_factor")
-    return theta, scaling
+        raise ModelError(f"{rope.prefix}low_freq_factor must be below {rope.prefix}high_freq_factor")
+    return scaling
+
+
+def _yarn_scaling(rope: _Fields, config: Mapping[str, Any]) -> RopeScaling:
+    factor = rope.positive("factor")
+
+    def amplitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    attention_factor = amplitude(1.0)
+    if rope.config.get("attention_factor") is not None:
+        attention_factor = rope.positive("attention_factor")
+    elif rope.config.get("mscale") and rope.config.get("mscale_all_dim"):
+        attention_factor = amplitude(rope.positive("mscale")) / amplitude(rope.positive("mscale_all_dim"))
+    return RopeScaling(
+        "yarn",
+        factor,
+        _original_length(rope, config),
+        beta_fast=rope.positive("beta_fast") if rope.config.get("beta_fast") else 32.0,
+        beta_slow=rope.positive("beta_slow") if rope.config.get("beta_slow") else 1.0,
+        truncate=rope.flag("truncate", True),
+        attention_factor=attention_factor,
+    )
+
+
+def _original_length(rope: _Fields, config: Mapping[str, Any]) -> int:
+    """Tokens of the first training, said in the scaling, beside it (which wins), or, unsaid, the present length."""
+    name = "original_max_position_embeddings"
+    if config.get(name) is not None:
+        return _Fields(config).size(name)
+    return rope.size(name) if rope.config.get(name) is not None else _Fields(config).size("max_position_embeddings")
+
+
+_ROPE_SCALINGS: dict[Any, Callable[[_Fields, Mapping[str, Any]], RopeScaling]] = {
+    "linear": _linear_scaling,
+    "llama3": _llama3_scaling,
+    "yarn": _yarn_scaling,
+}
 
 
 def _sliding(

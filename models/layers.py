@@ -274,34 +274,3 @@ class MLP:
     @property
     def nbytes(self) -> int:
         return self.gate_up.nbytes + self.down.nbytes
-
-
-def rotary_table(config: ModelConfig, device: torch.device) -> RotaryTable:
-    """The cosines and sines of every position of the model, float32 [max_position_embeddings, D / 2].
-
-    Frequencies theta^(-2i/D) (arXiv:2104.09864), scaled as the configuration says. Everything is rounded to float32
-    where the reference implementation rounds: a frequency off by one unit in the last place is, at position 100 000,
-    an angle off by 0.01.
-    """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        frequencies = frequencies / scaling.factor
-    elif scaling is not None:
-        length = scaling.original_max_position_embeddings
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        wavelengths = 2 * math.pi / frequencies
-        keep = (length / wavelengths - low) / (high - low)  # 0 where wavelength = length / low, 1 at length / high
-        blended = (1 - keep) * frequencies / scaling.factor + keep * frequencies
-        scaled = torch.where(wavelengths < length / high, frequencies, blended)
-        frequencies = torch.where(wavelengths > length / low, frequencies / scaling.factor, scaled)
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-    angles = positions[:, None] * frequencies[None, :]
-    return RotaryTable(cos=angles.cos().to(device), sin=angles.sin().to(device))
-
-
-def identity_table(config: ModelConfig, device: torch.device) -> RotaryTable:
-    """The table that rotates by nothing, for layers without positions: x * 1 - y * 0 is x to the bit."""
-    shape = (config.max_position_embeddings, config.head_dim // 2)
-    return RotaryTable(cos=torch.ones(shape, device=device), sin=torch.zeros(shape, device=device))

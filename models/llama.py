@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kernels.ops import AttentionPlan, KVCache, KVCacheSpec, Ops, QuantizationMode, RotaryTable
 from models.config import ModelConfig
-from models.layers import MLP, Attention, Embedding, Linear, Norm, Slot, identity_table, rotary_table
+from models.layers import MLP, Attention, Embedding, Linear, Norm, Slot
+from models.rotary import identity_table, rotary_table
 
 
 class Llama:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from typing import Any
 
@@ -286,7 +287,17 @@ def changed(name: str, **fields: Any) -> dict[str, Any]:
 
 def test_llama3_scaling_is_read_whole() -> None:
     config = ModelConfig.from_hf(PUBLISHED["Llama-3.1-8B"])
-    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+
+
+def test_yarn() -> None:
+    """As the model cards of Qwen2.5 and Qwen3 advise for long texts."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    scaling = ModelConfig.from_hf(changed("Qwen3-0.6B", rope_scaling=yarn)).rope_scaling
+    assert scaling == RopeScaling("yarn", 4.0, 32768, attention_factor=0.1 * math.log(4.0) + 1.0)
+    scaling = ModelConfig.from_hf(changed("Qwen3-0.6B", rope_scaling=yarn | {"attention_factor": 0.5})).rope_scaling
+    assert scaling is not None
+    assert scaling.attention_factor == 0.5
 
 
 def test_older_key_of_the_scaling_type() -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from kernels.ops import Ops
 from kernels.reference import ReferenceOps
+from models.config import ModelConfig
 from models.layers import DecoderModel
 from models.loader import load_model, resolve_model, save_random_checkpoint
+from models.rotary import rotary_table
 
 with warnings.catch_warnings():
     # transformers and what it imports warn about their own deprecations; those are not ours to fix.
@@ -56,6 +58,20 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
         2,
         32,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
+    "qwen2-4x2x32-yarn-rope": (
+        "Qwen2",
+        4,
+        2,
+        32,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            }
+        },
     ),
     "mistral-8x2x16-window": ("Mistral", 8, 2, 16, {"sliding_window": 24}),
     "mistral-12x4x32": ("Mistral", 12, 4, 32, {"sliding_window": None}),
@@ -184,6 +200,45 @@ def test_the_oracle_says_something(oracle: Oracle) -> None:
     """A model that repeats itself or does not look back would make the comparisons above easy."""
     assert len(set(oracle.ids[0])) >= 8
     assert oracle.logits[0].std() > 0.3
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": 8.0},
+        LLAMA3 | {"original_max_position_embeddings": 8192},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 1.0, "beta_fast": 16},
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "original_max_position_embeddings": 4096,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.0,
+            "truncate": False,
+        },
+    ],
+)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_rotary_tables(head_dim: int, scaling: dict[str, Any]) -> None:
+    """The angles of a long context, up to the last position."""
+    source = transformers.LlamaConfig(
+        vocab_size=8,
+        hidden_size=4 * head_dim,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=131072,
+        architectures=["LlamaForCausalLM"],
+        rope_parameters=scaling | {"rope_theta": 500000.0},
+    )
+    embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(source)
+    cos, sin = embedding(torch.zeros(1), torch.arange(131072)[None])
+    table = rotary_table(ModelConfig.from_hf(json.loads(source.to_json_string())), torch.device("cpu"))
+    assert (table.cos - cos[0, :, : head_dim // 2]).abs().max() < 1e-6
+    assert (table.sin - sin[0, :, : head_dim // 2]).abs().max() < 1e-6
 
 
 @pytest.fixture(scope="module")
