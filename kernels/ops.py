@@ -220,7 +220,7 @@ class Ops(Protocol):
         """Normalize (if asked) and rotate query and key, write key and value to their slots, return the query.
 
         query [T, Hq, D], key and value [T, Hkv, D], possibly views of one packed projection; query_norm, key_norm:
-        weights [D] of a per-head RMSNorm that precedes the rotation (Qwen3). Returns [T, Hq, D].
+        weights [D] of a per-head RMSNorm that precedes the rotation (Qwen3), given together. Returns [T, Hq, D].
         """
         ...
 
@@ -244,6 +244,6 @@ class Ops(Protocol):
         """logits [R, V] -> one token a row, by the integer rule of docs/design.md ("Sampling").
 
         Order: bias and allowed ids, penalties, temperature, top-k, top-p, min-p, typical-p. A row's NaN touches no
-        other row.
+        other row. A row of which every token is forbidden gives id 0.
         """
         ...

@@ -144,6 +144,8 @@ class ReferenceOps:
         longest = max(len(s) for s in plan.slots)
         if longest > rotary.cos.shape[0]:
             raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {longest} tokens")
+        if (query_norm is None) != (key_norm is None):
+            raise ValueError("query_norm and key_norm must be given together")
         query, key = query.to(self.dtype), key.to(self.dtype)
         if query_norm is not None:
             query = self.rms_norm(query, query_norm, eps)

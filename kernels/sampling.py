@@ -124,8 +124,12 @@ def check_sampling(metadata: SamplingMetadata, rows: int, vocab: int) -> None:
                 raise ValueError(f"metadata.allowed[{row}] is empty: no token could be drawn")
 
 
-def adjust_logits(logits: Float32Array, metadata: SamplingMetadata, row: int) -> Float32Array:
+def adjust_logits(
+    logits: Float32Array, metadata: SamplingMetadata, row: int, biases: Sequence[tuple[int, float]]
+) -> Float32Array:
     """Bias, allowed ids and penalties of one row, each a float32 operation rounded once. Returns a new array [V].
+
+    biases: those of this row, as (token id, bias).
 
     The repetition penalty (arXiv:1909.05858) divides positive and multiplies negative logits of every token in the
     prompt or the output. Then frequency * count + presence, over the output only, computed in float64 and rounded to
@@ -133,9 +137,8 @@ def adjust_logits(logits: Float32Array, metadata: SamplingMetadata, row: int) ->
     """
     adjusted = logits.astype(np.float32, copy=True)
     with np.errstate(over="ignore"):
-        for bias_row, token, bias in metadata.biases:
-            if bias_row == row:
-                adjusted[token] += np.float32(bias)
+        for token, bias in biases:
+            adjusted[token] += np.float32(bias)
         if row in metadata.allowed:
             allowed = np.asarray(metadata.allowed[row], dtype=np.int64)
             kept = adjusted[allowed]
@@ -174,37 +177,41 @@ def token_weights(scaled: Float32Array, maximum: np.float32) -> Int64Array:
         return (exponentials * float(1 << WEIGHT_BITS)).astype(np.int64)
 
 
-def top_p_keep(weights: Int64Array, threshold: int) -> BoolArray:
-    """Which weights have a sum of strictly larger weights below `threshold`."""
-    order = np.argsort(-weights, kind="stable")
-    return _keep_while_below(-weights, weights, order, threshold)
+def top_p_cutoff(weights: Int64Array, threshold: int) -> int:
+    """The smallest weight that top-p keeps: the largest of which all weights from it upwards reach `threshold`."""
+    descending = np.sort(weights)[::-1]
+    last = int(np.searchsorted(np.cumsum(descending), threshold))
+    return int(descending[min(last, len(descending) - 1)])
 
 
 def typical_keep(scaled: Float32Array, maximum: np.float32, weights: Int64Array, p31: int) -> BoolArray:
-    """Which tokens typical-p keeps; removed tokens have weight 0.
+    """Which tokens typical-p keeps, of those with a weight above 0.
 
     Every sum is one of integers below 2^63 (vocabularies up to 2^18), every other operation is rounded once, so
     that any order of evaluation gives the same result.
     """
     total = int(weights.sum())
     present = weights > 0
-    offsets = np.subtract(scaled, maximum, dtype=np.float64)
-    surprise = np.rint(np.where(present, offsets, 0.0) * float(1 << SURPRISE_BITS)).astype(np.int64)
+    offsets = np.where(present, np.subtract(scaled, maximum, dtype=np.float64), 0.0)
+    surprise = np.rint(offsets * float(1 << SURPRISE_BITS)).astype(np.int64)
     high = int(((weights >> 18) * surprise).sum())
     low = int(((weights & ((1 << 18) - 1)) * surprise).sum())
     mean = round((float(high) * float(1 << 18) + float(low)) / float(total))
     distance = np.abs(surprise - mean)
     order = np.argsort(distance, kind="stable")
-    return _keep_while_below(distance, weights, order, multiply_shift_ceil(p31, total)) & present
-
-
-def _keep_while_below(key: Int64Array, weights: Int64Array, order: Int64Array, threshold: int) -> BoolArray:
-    """Keep an element if the weights of all elements of strictly smaller key sum to less than `threshold`."""
     cumulative = np.cumsum(weights[order])
-    # The first place at which the running sum reaches the threshold ends the kept set, with all of its ties.
-    last = min(int(np.searchsorted(cumulative, threshold)), len(order) - 1)
-    kept: BoolArray = key <= key[order[last]]
+    # Where the running sum reaches the threshold the kept set ends, with all the ties of that distance.
+    last = int(np.searchsorted(cumulative, multiply_shift_ceil(p31, total)))
+    kept: BoolArray = present & (distance <= distance[order[min(last, len(order) - 1)]])
     return kept
+
+
+def biases_by_row(metadata: SamplingMetadata) -> dict[int, list[tuple[int, float]]]:
+    """metadata.biases as row -> [(token id, bias), ...], in their order."""
+    rows: dict[int, list[tuple[int, float]]] = {}
+    for row, token, bias in metadata.biases:
+        rows.setdefault(row, []).append((token, bias))
+    return rows
 
 
 def kept_weights(logits: Float32Array, metadata: SamplingMetadata, row: int) -> Int64Array:
@@ -215,7 +222,7 @@ def kept_weights(logits: Float32Array, metadata: SamplingMetadata, row: int) -> 
     """
     if not np.isfinite(logits).all():
         return np.zeros(logits.shape, dtype=np.int64)
-    adjusted = adjust_logits(logits, metadata, row)
+    adjusted = adjust_logits(logits, metadata, row, biases_by_row(metadata).get(row, ()))
     maximum = adjusted.max()
     if maximum == -np.inf:
         return np.zeros(logits.shape, dtype=np.int64)
@@ -232,11 +239,11 @@ def kept_weights(logits: Float32Array, metadata: SamplingMetadata, row: int) -> 
         weights[scaled < np.partition(scaled, -top_k)[-top_k]] = 0
     if top_p < 1.0:
         threshold = multiply_shift_ceil(probability_31_bits(top_p), int(weights.sum()))
-        weights[~top_p_keep(weights, threshold)] = 0
+        weights[weights < top_p_cutoff(weights, threshold)] = 0
     weights[weights < min_p_weight(metadata.min_ps[row])] = 0
     if metadata.typical_ps[row] < 1.0:
-        keep = typical_keep(scaled, maximum, weights, probability_31_bits(metadata.typical_ps[row]))
-        weights[~keep] = 0
+        p31 = probability_31_bits(metadata.typical_ps[row])
+        weights[~typical_keep(scaled, maximum, weights, p31)] = 0
     return weights
 
 

@@ -1,0 +1,62 @@
+"""Norms and activations whose result for a row does not depend on the other rows.
+
+Addition, multiplication, division and square root are rounded exactly, so torch may run them in any order and in any
+number of pieces. exp and tanh are not: torch's vector loops call one library and the scalar tail of each thread's
+piece another, and where the pieces end depends on the size of the whole tensor and on the number of threads. So they
+come from NumPy here, whose loops treat every element alike (SIMD with masked tails, or scalar throughout);
+tests/kernels shows it for sizes around every border.
+
+Sums over a row are torch's: a reduction over the last axis is not split within a row (TensorIterator divides the
+outputs among threads); the one exception, a single row of 32,768 elements or more, is refused.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu.workspace import Workspace
+
+# at::internal::GRAIN_SIZE: from so many elements on, a reduction to one output may be split among threads.
+MAX_REDUCTION = 32768
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp in place, on a contiguous float32 tensor. Overflow gives inf, as in torch."""
+    array = x.numpy()
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        np.exp(array, out=array)
+    return x
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """tanh in place, on a contiguous float32 tensor."""
+    array = x.numpy()
+    with np.errstate(under="ignore", invalid="ignore"):
+        np.tanh(array, out=array)
+    return x
+
+
+def normalize(x: Tensor, eps: float, workspace: Workspace) -> Tensor:
+    """x [..., H] of any dtype -> x / sqrt(mean(x^2) + eps), float32, in a buffer named "normalized"."""
+    shape = tuple(x.shape)
+    if shape[-1] >= MAX_REDUCTION:
+        raise ValueError(f"x has rows of {shape[-1]} elements; below {MAX_REDUCTION} are supported")
+    normalized = workspace.take("normalized", shape, torch.float32).copy_(x)
+    squares = torch.mul(normalized, normalized, out=workspace.take("squares", shape, torch.float32))
+    statistic = workspace.take("statistic", (*shape[:-1], 1), torch.float32)
+    torch.sum(squares, -1, keepdim=True, out=statistic)
+    statistic.div_(shape[-1]).add_(eps).sqrt_()
+    return normalized.div_(statistic)
+
+
+def silu_mul(gate_up: Tensor, workspace: Workspace) -> Tensor:
+    """gate_up [T, 2*I] -> gate / (1 + exp(-gate)) * up, [T, I], float32 until the last rounding."""
+    width = gate_up.shape[1] // 2
+    gate, up = gate_up[:, :width], gate_up[:, width:]
+    denominator = workspace.take("silu", (gate_up.shape[0], width), torch.float32)
+    denominator.copy_(gate).neg_()
+    exp_(denominator).add_(1.0)
+    activated = torch.div(gate, denominator, out=denominator)
+    return torch.mul(activated, up, out=torch.empty(activated.shape, dtype=gate_up.dtype))

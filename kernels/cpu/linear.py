@@ -1,0 +1,86 @@
+"""Linear layers on oneDNN with weights packed once, in bf16 or float32.
+
+`mkldnn._reorder_linear_weight` and `mkldnn._linear_pointwise` are private, but they are what torch.compile's freezing
+pass emits for every linear layer on a CPU since torch 2.0, and the public F.linear repacks the weight in every call
+(N=14336, K=4096, bf16: 6.2 ms against 5.2 at one row, 9.6 against 8.0 at sixteen, on two Zen 4 cores).
+
+Rows. oneDNN walks K in one order whatever the number of rows, except that it may take another kernel (a matrix-vector
+product) for a single row, seen with N=8192, K=2048 in bf16 and with most float32 shapes. So a single row is computed as
+two. The rest is measured, not promised by oneDNN: `prepare` therefore compares, once per shape, the bits of rows
+computed in calls of different sizes, and where they differ falls back to calls of exactly `FIXED_ROWS` rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FIXED_ROWS = 16
+_CHECKED_ROWS = (2, 3, 5, 16, 33, 130)
+
+
+@dataclass(frozen=True, slots=True)
+class CpuLinear:
+    """A packed weight [N, K], opaque to all but oneDNN, and its bias [N] or None.
+
+    fixed_rows: whether every call must have exactly FIXED_ROWS rows to be row-invariant.
+    """
+
+    out_features: int
+    in_features: int
+    packed: Tensor
+    bias: Tensor | None
+    dtype: torch.dtype
+    fixed_rows: bool
+
+
+def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fixed_rows: bool) -> CpuLinear:
+    """Convert to `dtype` and pack. Raises ValueError for shapes that are not a linear layer's."""
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
+    out_features, in_features = weight.shape
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must be [{out_features}] for this weight, got {tuple(bias.shape)}")
+    with torch.inference_mode(False), torch.no_grad():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), None)
+        own_bias = None if bias is None else bias.detach().to(dtype).contiguous()
+    return CpuLinear(out_features, in_features, packed, own_bias, dtype, fixed_rows)
+
+
+def apply(x: Tensor, weight: CpuLinear) -> Tensor:
+    """x [T, K] in the weight's dtype -> [T, N], accumulated in float32."""
+    rows = x.shape[0]
+    if weight.fixed_rows:
+        return _apply_fixed(x, weight)
+    if rows == 1:
+        return _call(x.expand(2, -1).contiguous(), weight)[:1]
+    return _call(x, weight)
+
+
+def rows_agree(weight: CpuLinear) -> bool:
+    """Whether a row has the same bits in calls of 2 to 130 rows, at the start and at the end of the call."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(max(_CHECKED_ROWS), weight.in_features, generator=generator).to(weight.dtype)
+    expected = _call(x, weight)
+    for rows in _CHECKED_ROWS:
+        if not torch.equal(_call(x[:rows], weight), expected[:rows]):
+            return False
+        if not torch.equal(_call(x[-rows:], weight), expected[-rows:]):
+            return False
+    return True
+
+
+def _call(x: Tensor, weight: CpuLinear) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.packed, weight.bias, "none", [], "")
+    return y
+
+
+def _apply_fixed(x: Tensor, weight: CpuLinear) -> Tensor:
+    """In pieces of exactly FIXED_ROWS rows, the last one padded with zeros."""
+    rows = x.shape[0]
+    pieces = -(-rows // FIXED_ROWS)
+    padded = x.new_zeros(pieces * FIXED_ROWS, x.shape[1])
+    padded[:rows] = x
+    return torch.cat([_call(piece, weight) for piece in torch.split(padded, FIXED_ROWS)])[:rows]

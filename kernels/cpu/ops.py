@@ -1,0 +1,200 @@
+"""CpuOps: checks of arguments, and the backend's state. The arithmetic is in the modules beside this one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.cpu import attention, elementwise, linear
+from kernels.cpu.kv_cache import CpuKVCache, allocate
+from kernels.cpu.linear import CpuLinear
+from kernels.cpu.plan import CpuPlan, make_plan
+from kernels.cpu.rotary import write_kv
+from kernels.cpu.sampling import sample
+from kernels.cpu.workspace import Workspace
+from kernels.ops import (
+    AttentionMetadata,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    QuantizationMode,
+    RotaryTable,
+    SampleResult,
+    SamplingMetadata,
+)
+
+
+def has_fast_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX512_BF16, AMX or ARM's BF16) and oneDNN uses it."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    # Both questions are private in torch, with no public form. oneDNN also says yes where it only emulates bf16
+    # (AVX-512 without BF16), so an x86 processor must have the instruction.
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    x86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return not x86 or bool(torch.cpu._is_avx512_bf16_supported())
+
+
+class CpuOps:
+    """The operations of `kernels.ops.Ops` on the CPU, row-invariant to the bit.
+
+    Owns its scratch memory and the results of its start-up checks. Not thread-safe: one engine, one CpuOps.
+    """
+
+    def __init__(self, threads: int | None = None, dtype: torch.dtype | None = None) -> None:
+        """threads: torch's intra-op threads, process-wide; None keeps torch's choice. dtype: None picks bfloat16
+        where the processor multiplies it in hardware, else float32. Raises ValueError for other dtypes.
+        """
+        if dtype is None:
+            dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ValueError(f"dtype is {dtype}; the CPU backend computes in bfloat16 or float32")
+        if threads is not None:
+            if threads < 1:
+                raise ValueError(f"threads is {threads}; at least 1 is needed")
+            torch.set_num_threads(threads)
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self._workspace = Workspace()
+        self._rows_agree: dict[tuple[int, int], bool] = {}
+        self._heights_agree: dict[tuple[int, torch.dtype, int, bool], bool] = {}
+        self._norms: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+    ) -> LinearWeight:
+        """Pack the weight; check once for each shape that rows do not depend on their number (`kernels.cpu.linear`)."""
+        if mode != "none":
+            raise ValueError(f"mode {mode!r} is not built yet for the CPU backend; use 'none'")
+        packed = linear.pack(weight, bias, self.dtype, fixed_rows=False)
+        shape = (packed.out_features, packed.in_features)
+        if shape not in self._rows_agree:
+            self._rows_agree[shape] = linear.rows_agree(packed)
+        if not self._rows_agree[shape]:
+            packed = linear.pack(weight, bias, self.dtype, fixed_rows=True)
+        return packed
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
+        """[2, num_blocks, Hkv, block_size, D], zeroed. Raises ValueError for block sizes that do not divide 128."""
+        return allocate(spec, num_blocks)
+
+    def plan(self, metadata: AttentionMetadata) -> CpuPlan:
+        """Positions, slots and tiles of this step. Raises ValueError that names the field of metadata."""
+        return make_plan(metadata)
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> [T, H]."""
+        return F.embedding(token_ids, weight).to(self.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
+        if x.dim() != 2 or weight.shape != x.shape[1:]:
+            raise ValueError(f"weight must be [H] for x [T, H], got {tuple(weight.shape)} and {tuple(x.shape)}")
+        normalized = elementwise.normalize(x, eps, self._workspace)
+        return torch.mul(normalized, weight, out=torch.empty(x.shape, dtype=self.dtype))
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is rounded before the norm."""
+        if x.shape != residual.shape:
+            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+        total = x + residual
+        return self.rms_norm(total, weight, eps), total
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32."""
+        if not isinstance(weight, CpuLinear):
+            raise ValueError("weight was not made by this backend's prepare_linear")
+        if x.dim() != 2 or x.shape[1] != weight.in_features:
+            raise ValueError(f"x must be [T, {weight.in_features}] for this weight, got {tuple(x.shape)}")
+        return linear.apply(x.to(self.dtype), weight)
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
+        if gate_up.dim() != 2 or gate_up.shape[1] % 2 != 0:
+            raise ValueError(f"gate_up must be [T, 2*I], got {tuple(gate_up.shape)}")
+        return elementwise.silu_mul(gate_up, self._workspace)
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: RotaryTable,
+        kv_cache: KVCache,
+        plan: CpuPlan,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Normalize (if asked) and rotate in float32, write K and V rounded to the cache's dtype, return the query."""
+        cache = _own_cache(kv_cache, plan)
+        tokens, spec = plan.num_tokens, cache.spec
+        if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != spec.head_dim:
+            raise ValueError(f"query must be [{tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
+        for name, tensor in (("key", key), ("value", value)):
+            if tuple(tensor.shape) != (tokens, spec.num_kv_heads, spec.head_dim):
+                expected = f"[{tokens}, {spec.num_kv_heads}, {spec.head_dim}]"
+                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
+        if rotary.rotary_dim > spec.head_dim:
+            raise ValueError(f"rotary turns {rotary.rotary_dim} elements; a head has {spec.head_dim}")
+        if (query_norm is None) != (key_norm is None):
+            raise ValueError("query_norm and key_norm must be given together")
+        norms = None
+        if query_norm is not None and key_norm is not None:
+            norms = self._head_norms(query_norm, key_norm, query.shape[1], spec.num_kv_heads)
+        cos, sin = plan.rotary(rotary)
+        return write_kv(query, key, value, cos, sin, cache, plan, norms, eps, self._workspace)
+
+    def paged_attention(
+        self, query: Tensor, kv_cache: KVCache, plan: CpuPlan, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """query [T, Hq, D] -> [T, Hq * D]: causal attention in fixed tiles (see `kernels.cpu.attention`)."""
+        cache = _own_cache(kv_cache, plan)
+        spec = cache.spec
+        if query.dim() != 3 or query.shape[0] != plan.num_tokens or query.shape[2] != spec.head_dim:
+            raise ValueError(f"query must be [{plan.num_tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
+        if query.shape[1] % spec.num_kv_heads != 0:
+            raise ValueError(f"query has {query.shape[1]} heads, not a multiple of the cache's {spec.num_kv_heads}")
+        rows = attention.decode_rows(query.shape[1] // spec.num_kv_heads)
+        one_height = not self._heights(spec.head_dim, spec.dtype, rows, softcap is not None)
+        own = query.to(spec.dtype).contiguous()
+        output = attention.paged_attention(own, cache, plan, scale, softcap, one_height, self._workspace)
+        return output.to(self.dtype)
+
+    def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SampleResult:
+        """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""
+        if logits.dim() != 2:
+            raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
+        return sample(logits, metadata)
+
+    def _heights(self, head_dim: int, dtype: torch.dtype, rows: int, softcap: bool) -> bool:
+        """Whether prompts may use tall tiles beside decode tiles of `rows` rows; checked once."""
+        if rows > attention.PROMPT_ROWS:
+            return False
+        key = (head_dim, dtype, rows, softcap)
+        if key not in self._heights_agree:
+            self._heights_agree[key] = attention.heights_agree(head_dim, dtype, rows, softcap)
+        return self._heights_agree[key]
+
+    def _head_norms(self, query_norm: Tensor, key_norm: Tensor, heads: int, kv_heads: int) -> Tensor:
+        """Both per-head norms as one float32 [Hq + Hkv, D], kept for the next step."""
+        key = (id(query_norm), id(key_norm), heads)
+        found = self._norms.get(key)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                both = torch.cat([query_norm.expand(heads, -1), key_norm.expand(kv_heads, -1)]).float()
+            found = self._norms[key] = (query_norm, key_norm, both)  # kept alive, so that ids stay their own
+        return found[2]
+
+
+def _own_cache(cache: KVCache, plan: CpuPlan) -> CpuKVCache:
+    """Check that the cache is ours and fits the plan."""
+    if not isinstance(cache, CpuKVCache):
+        raise ValueError("kv_cache was not allocated by this backend")
+    if plan.block_size != cache.spec.block_size:
+        raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")
+    if plan.largest_block >= cache.num_blocks:
+        raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {cache.num_blocks} blocks")
+    return cache

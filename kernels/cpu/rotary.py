@@ -1,0 +1,75 @@
+"""Per-head norm, rotation and the cache write: what happens to query, key and value before attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.elementwise import normalize
+from kernels.cpu.kv_cache import CpuKVCache
+from kernels.cpu.plan import CpuPlan
+from kernels.cpu.workspace import Workspace
+
+
+def write_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: CpuKVCache,
+    plan: CpuPlan,
+    norms: Tensor | None,
+    eps: float,
+    workspace: Workspace,
+) -> Tensor:
+    """Rotate query and key in float32, write key and value, return the query in its own dtype, [T, Hq, D].
+
+    cos, sin: float32 [T, 1, rotary_dim], as `CpuPlan.rotary` gives them. norms: None or the weights of the per-head
+    norms, float32 [Hq + Hkv, D].
+    """
+    tokens, heads, head_dim = query.shape
+    kv_heads = key.shape[1]
+    both = _side_by_side(query, key)
+    if norms is not None:
+        both = normalize(both, eps, workspace).mul_(norms)
+
+    rotary_dim = cos.shape[2]
+    turning = both if rotary_dim == head_dim else both[..., :rotary_dim]
+    shape = tuple(turning.shape)
+    rotated = torch.mul(turning, cos, out=workspace.take("rotated", shape, torch.float32))
+    crossed = torch.roll(turning, rotary_dim // 2, -1)  # (second half, first half)
+    crossed = torch.mul(crossed, sin, out=workspace.take("crossed", shape, torch.float32))
+
+    # float32 sums, rounded once on their way into the outputs.
+    new_query = torch.empty(query.shape, dtype=query.dtype)
+    rows = workspace.take("new_kv", (2, tokens, kv_heads, head_dim), cache.spec.dtype)
+    if rotary_dim == head_dim:
+        torch.add(rotated[:, :heads], crossed[:, :heads], out=new_query)
+        torch.add(rotated[:, heads:], crossed[:, heads:], out=rows[0])
+    else:
+        rotated.add_(crossed)
+        new_query[..., :rotary_dim] = rotated[:, :heads]
+        new_query[..., rotary_dim:] = both[:, :heads, rotary_dim:]
+        rows[0, ..., :rotary_dim] = rotated[:, heads:]
+        rows[0, ..., rotary_dim:] = both[:, heads:, rotary_dim:]
+    rows[1] = value
+
+    if plan.fresh_blocks is not None:
+        cache.data.index_fill_(1, plan.fresh_blocks, 0)
+    cache.token_rows.index_copy_(0, plan.write_index(cache), rows.view(-1, head_dim))
+    return new_query
+
+
+def _side_by_side(query: Tensor, key: Tensor) -> Tensor:
+    """query and key as one [T, Hq + Hkv, D]: without a copy if they are views of one packed projection."""
+    tokens, heads, head_dim = query.shape
+    if (
+        query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+        and query.stride() == key.stride()
+        and query.stride()[1:] == (head_dim, 1)
+        and key.storage_offset() == query.storage_offset() + heads * head_dim
+        and query.dtype == key.dtype
+    ):
+        return query.as_strided((tokens, heads + key.shape[1], head_dim), query.stride())
+    return torch.cat([query, key], 1)
