@@ -22,14 +22,18 @@ from server.version import VERSION
 
 if TYPE_CHECKING:
     from server.engine.messages import Ready
+    from server.service import Service
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 _BACKLOG = 2048
 _PROGRESS_SECONDS = 0.1
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 1 for a failure, 2 for what the caller can repair."""
+def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, 1 for a failure, 2 for what the caller can repair.
+
+    engine_command: another engine than this project's, for tests and measurements; see supervisor.spawn_engine.
+    """
     began = time.monotonic()
     parser = OneLineParser(prog="stet", description="An inference server whose tokens stand.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -45,16 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if flags.command == "version":
         print(f"stet {VERSION}")
         return EXIT_OK
-    return _serve(flags, began)
+    return _serve(flags, engine_command, began)
 
 
-def _serve(flags: argparse.Namespace, began: float) -> int:
+def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: float) -> int:
     process: EngineProcess | None = None
     try:
         settings = resolve(vars(flags), os.environ)
         sock = open_socket(settings)
-        process = spawn_engine(settings.engine_config())
-        return _run(settings, sock, process, began)
+        process = spawn_engine(settings.engine_config(), command)
+        return _run(settings, command, sock, process, began)
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
     except EngineFailed as error:
@@ -98,15 +102,20 @@ def open_socket(settings: Settings) -> socket.socket:
     return sock
 
 
-def _run(settings: Settings, sock: socket.socket, process: EngineProcess, began: float) -> int:
+def _run(
+    settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
+) -> int:
     """Import what serves, on the event loop that serves."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve_until_stopped(settings, sock, process, began))
+        return runner.run(_serve_until_stopped(settings, command, sock, process, began))
 
 
-async def _serve_until_stopped(settings: Settings, sock: socket.socket, process: EngineProcess, began: float) -> int:
+async def _serve_until_stopped(
+    settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
+) -> int:
+    from server.client import EngineClient
     from server.http.app import create_app
     from server.http.serving import HttpServer
     from server.logs import configure_logging
@@ -117,15 +126,16 @@ async def _serve_until_stopped(settings: Settings, sock: socket.socket, process:
     configure_logging("text" if as_text else "json")
     metrics = Metrics()
     limits = Limits(crashes=settings.max_crashes_per_minute)
-    supervisor = Supervisor(settings.engine_config(), metrics, first=process, limits=limits)
-    service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting))
+    supervisor = Supervisor(settings.engine_config(), metrics, command=command, first=process, limits=limits)
+    client = EngineClient(supervisor, metrics)
+    service = Service(supervisor, client, metrics, ServiceSettings(max_waiting=settings.max_waiting))
     server = HttpServer(create_app(service, metrics), metrics, sock)
 
     stop = asyncio.Event()
     _take_signals(stop, process)
     await service.start()
     serving = await server.start()
-    starting = asyncio.create_task(_announce(settings, sock, supervisor, began, as_text))
+    starting = asyncio.create_task(_announce(sock, service, supervisor, began, as_text))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -160,14 +170,13 @@ def _take_signals(stop: asyncio.Event, process: EngineProcess) -> None:
         loop.add_signal_handler(number, on_signal, number)
 
 
-async def _announce(
-    settings: Settings, sock: socket.socket, supervisor: Supervisor, began: float, as_text: bool
-) -> None:
+async def _announce(sock: socket.socket, service: Service, supervisor: Supervisor, began: float, as_text: bool) -> None:
     """Show how the start goes, and what is served once it is. Raises EngineFailed."""
     import logging
 
     show = asyncio.create_task(_show_progress(supervisor)) if sys.stderr.isatty() else None
     try:
+        await service.ready()
         ready = await supervisor.wait_ready()
     finally:
         if show is not None:

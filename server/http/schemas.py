@@ -15,7 +15,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     JsonValue,
     StringConstraints,
@@ -61,13 +60,14 @@ class GenerateBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     prompt: str | None = _parameter("text", "exactly one of `prompt`, `prompt_token_ids`, `messages`")
-    prompt_token_ids: Annotated[list[_TokenId], FailFast()] | None = _parameter(
-        "one or more token ids in the vocabulary", min_length=1
+    prompt_token_ids: list[_TokenId] | None = _parameter(
+        "one or more token ids in the vocabulary", min_length=1, fail_fast=True
     )
-    messages: Annotated[list[Message], FailFast()] | None = _parameter(
+    messages: list[Message] | None = _parameter(
         "one or more objects with `role` and `content`",
         "roles: system, user, assistant, tool; the model's chat template makes the prompt",
         min_length=1,
+        fail_fast=True,
     )
 
     max_new_tokens: int | None = _parameter(
@@ -113,12 +113,12 @@ class GenerateBody(BaseModel):
         "an integer from 0 to 2^63 − 1", "drawn (below 2^53) and returned when null", ge=0, le=MAX_SEED
     )
 
-    stop: Annotated[list[_NonEmpty], BeforeValidator(_one_or_many), FailFast()] | None = _parameter(
-        "a non-empty string, or up to 16 of them", shown="[]", max_length=16
+    stop: Annotated[list[_NonEmpty] | None, BeforeValidator(_one_or_many)] = _parameter(
+        "a non-empty string, or up to 16 of them", shown="[]", max_length=16, fail_fast=True
     )
     include_stop: bool | None = _parameter("true or false", "keeps the matched string in the text", shown="false")
-    stop_token_ids: Annotated[list[_TokenId], FailFast()] | None = _parameter(
-        "up to 64 token ids in the vocabulary", shown="[]", max_length=64
+    stop_token_ids: list[_TokenId] | None = _parameter(
+        "up to 64 token ids in the vocabulary", shown="[]", max_length=64, fail_fast=True
     )
     ignore_eos: bool | None = _parameter("true or false", shown="false")
 
