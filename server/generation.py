@@ -53,13 +53,14 @@ class GenerationRequest:
     """A request whose form is valid. None stands for "the model's default"; the service resolves it.
 
     Exactly one of prompt, prompt_token_ids, messages is given. The names, ranges and defaults are those of
-    docs/api.md; `tenant` is who asks (an API key's name, or "").
+    docs/api.md; `n` choices are drawn for one prompt; `tenant` is who asks (an API key's name, or "").
     """
 
     prompt: str | None = None
     prompt_token_ids: tuple[int, ...] | None = None
     messages: tuple[dict[str, Any], ...] | None = None
 
+    n: int = 1
     max_new_tokens: int | None = None
     min_new_tokens: int = 0
     temperature: float | None = None

@@ -44,7 +44,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.engine.config",
         "server.metrics",
     ),
+    "server.job": (
+        "server.client",
+        "server.text",
+        "server.metrics",
+        "server.generation",
+        "server.engine.messages",
+        "server.engine.request",
+    ),
     "server.service": (
+        "server.job",
         "server.client",
         "server.supervisor",
         "server.text",

@@ -129,7 +129,7 @@ class MetaspaceDetokenizer:
 
 
 class WindowDetokenizer:
-    """For decoders of unknown kind: decodes the last few tokens with and without the new ones, and emits the difference.
+    """For decoders of unknown kind: decodes the last tokens with and without the new ones, and emits the difference.
 
     Owns a window of ids. Text that ends in U+FFFD waits, for it may be an incomplete character.
     """

@@ -24,7 +24,7 @@ class _Node:
 
 
 def _build(stops: Sequence[str]) -> _Node:
-    """The automaton. Time and memory are linear in the joined length of the stops. Raises ValueError on an empty one."""
+    """The automaton, in time and memory linear in the joined length of the stops. Raises ValueError on an empty one."""
     root = _Node(0)
     for stop in stops:
         if not stop:

@@ -127,7 +127,7 @@ class ModelText:
         return text
 
     def detokenizer(self, skip_special_tokens: bool = True, continues: bool = False) -> Detokenizer:
-        """A fresh incremental decoder. `continues`: text precedes, so that a first leading space is part of the text."""
+        """A fresh incremental decoder. `continues`: text precedes, so a first leading space is part of the text."""
         return self._detokenizers(skip_special_tokens, continues)
 
 

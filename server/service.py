@@ -1,0 +1,453 @@
+"""One request from validated input to events. Both HTTP dialects call it; it runs without them as well.
+
+`Service` holds what lives as long as the server: places, the model's text side, draining. What happens to one request
+on its way is in `server.job`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import logging
+import math
+import secrets
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from server.client import EngineClient, Mailbox
+from server.engine.messages import Ready
+from server.engine.request import SamplingParams
+from server.generation import (
+    Completed,
+    ErrorCode,
+    Event,
+    GenerationRequest,
+    Problem,
+    Refusal,
+    Started,
+)
+from server.job import Job
+from server.supervisor import EngineFailed, Supervisor
+from server.text.template import TemplateError, message_problems
+from server.text.tokenizer import ModelText, ModelTextError
+from server.version import VERSION
+
+if TYPE_CHECKING:
+    from server.metrics import Metrics
+
+logger = logging.getLogger("stet.service")
+
+ServiceState = Literal["loading", "ready", "draining", "engine_restarting", "failed"]
+
+# What a parameter is when neither the request nor the model's generation_config.json says.
+_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
+_RATE_WINDOW_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSettings:
+    """max_waiting             places in the queue, beyond the engine's max_running
+    default_max_new_tokens  when a request does not say, and there is room
+    tokenizer_threads       texts tokenized at once
+    inline_characters       a text up to this long is tokenized on the event loop: a thread would take longer
+    """
+
+    max_waiting: int = 256
+    default_max_new_tokens: int = 256
+    tokenizer_threads: int = 2
+    inline_characters: int = 2048
+
+
+class Service:
+    """Owns the places, the model's text side and the requests being carried out. One event loop.
+
+    A place is held by each choice of a request from its admission to its end; there are `max_running + max_waiting`.
+    """
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        metrics: Metrics,
+        settings: ServiceSettings | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """supervisor: one that was not started yet; the service starts and stops it. clock: seconds, monotonic."""
+        self._supervisor = supervisor
+        self._client = EngineClient(supervisor, metrics, clock=clock)
+        self._metrics = metrics
+        self._settings = settings or ServiceSettings()
+        self._clock = clock
+        self._executor = ThreadPoolExecutor(self._settings.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._preparation: asyncio.Task[None] | None = None
+        self._text: ModelText | None = None
+        self._failure: EngineFailed | None = None
+        self._draining = False
+        self._places_taken = 0
+        self._jobs: set[Job] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._finished: deque[float] = deque(maxlen=4096)
+        self._ids = itertools.count(1)
+        self._id_prefix = secrets.token_hex(6)
+
+    # Life
+
+    @property
+    def state(self) -> ServiceState:
+        """Whether requests are accepted ("ready"), and if not, why not."""
+        if self._draining:
+            return "draining"
+        if self._failure is not None or self._supervisor.state in ("failed", "stopped"):
+            return "failed"
+        if self._supervisor.state == "restarting":
+            return "engine_restarting"
+        if self._supervisor.state != "ready" or self._text is None:
+            return "loading"
+        return "ready"
+
+    @property
+    def failure(self) -> str | None:
+        """Why the state is "failed": one line for the operator. It may hold a path."""
+        return str(self._failure) if self._failure is not None else self._supervisor.failure
+
+    @property
+    def num_open(self) -> int:
+        """Places taken: choices admitted and not ended."""
+        return self._places_taken
+
+    async def start(self) -> None:
+        """Start the engine and begin to load. Does not wait: see `ready`. Raises OSError."""
+        await self._supervisor.start()
+        self._preparation = asyncio.create_task(self._prepare(), name="service-preparation")
+
+    async def _prepare(self) -> None:
+        try:
+            ready = await self._supervisor.wait_ready()
+            loop = asyncio.get_running_loop()
+            self._text = await loop.run_in_executor(self._executor, ModelText.load, Path(ready.model_path))
+        except EngineFailed as error:
+            self._failure = error
+        except ModelTextError as error:
+            self._failure = EngineFailed(str(error), usage=True)
+
+    async def ready(self) -> None:
+        """Wait until requests are accepted. Raises EngineFailed, with one line for the operator, if they never will."""
+        if self._preparation is None:
+            raise RuntimeError("start() comes first")
+        await asyncio.shield(self._preparation)
+        if self._failure is not None:
+            raise self._failure
+        await self._supervisor.wait_ready()
+
+    async def drain(self, timeout: float) -> None:  # noqa: ASYNC109 - not a deadline: what is open then is ended
+        """Refuse new requests, let the open ones finish for `timeout` seconds, then end the rest as CANCELLED."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            for job in list(self._jobs):
+                job.cancel(self._client)
+            # Their readers need a moment to pass on the last event; one that does not read is not waited for.
+            await asyncio.wait({asyncio.ensure_future(self._idle.wait())}, timeout=1.0)
+
+    async def stop(self) -> None:
+        """End everything at once, the engine too. `drain` first to let requests finish."""
+        self._draining = True
+        for job in list(self._jobs):
+            job.cancel(self._client)
+        await self._supervisor.stop()
+        if self._preparation is not None:
+            self._preparation.cancel()
+            await asyncio.gather(self._preparation, return_exceptions=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    # What is known beforehand
+
+    def info(self) -> dict[str, Any]:
+        """Identity, limits, defaults and state: the body of /info. Holds no path."""
+        ready = self._supervisor.ready
+        known: dict[str, Any] = {"state": self.state, "version": VERSION}
+        if ready is not None:
+            identity = ready.identity
+            known["model"] = identity.model
+            known["identity"] = dataclasses.asdict(identity)
+            known["context_length"] = self._context(ready)
+            known["vocabulary"] = ready.vocab_size
+            known["limits"] = {
+                "max_running": ready.max_running,
+                "max_waiting": self._settings.max_waiting,
+                "kv_cache_tokens": ready.num_blocks * ready.block_size,
+            }
+            known["memory_bytes"] = ready.memory_bytes
+            known["startup_seconds"] = ready.startup_seconds
+        if self._text is not None:
+            known["chat_template"] = self._text.template is not None
+            known["defaults"] = {
+                **_DEFAULTS,
+                **self._text.generation_defaults,
+                "max_new_tokens": self._settings.default_max_new_tokens,
+            }
+        known["engine"] = {"restarts": self._supervisor.restarts}
+        return known
+
+    def problems(self, request: GenerationRequest) -> list[Problem]:
+        """What is wrong with a request that the model's limits show without tokenizing. Empty before it is loaded."""
+        ready, text = self._supervisor.ready, self._text
+        if ready is None or text is None:
+            return []
+        found: list[Problem] = []
+        context, vocabulary = self._context(ready), ready.vocab_size
+        ids_allowed = f"0 to {vocabulary - 1}"
+        if request.max_new_tokens is not None and request.max_new_tokens >= context:
+            found.append(
+                Problem(
+                    "max_new_tokens",
+                    f"max_new_tokens must leave room for a prompt in the context of {context} tokens.",
+                    request.max_new_tokens,
+                    f"1 to {context - 1}",
+                )
+            )
+        if request.top_k is not None and request.top_k > vocabulary:
+            text_top_k = f"top_k must not exceed the vocabulary of {vocabulary} tokens."
+            found.append(Problem("top_k", text_top_k, request.top_k, f"0 to {vocabulary}; 0 is off"))
+        for name, ids in (
+            ("prompt_token_ids", request.prompt_token_ids or ()),
+            ("stop_token_ids", request.stop_token_ids),
+            ("logit_bias", request.logit_bias),
+        ):
+            if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
+                bad = next(token_id for token_id in ids if not 0 <= token_id < vocabulary)
+                found.append(Problem(name, f"{name} must be ids in the vocabulary; {bad} is not.", bad, ids_allowed))
+        if request.messages is not None:
+            if text.template is None:
+                message = "This model has no chat template: send the whole text as `prompt`."
+                found.append(Problem("messages", message, None, "prompt or prompt_token_ids"))
+            for where, allowed in message_problems(request.messages):
+                found.append(Problem(where, f"{where} must be {allowed}.", None, allowed))
+        return found
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        """The ids of a request's prompt. Raises Refusal."""
+        if self._text is None:
+            raise self._not_ready()
+        if problems := self.problems(request):
+            raise Refusal("invalid_request", problems)
+        return await self._prompt_ids(self._text, request)
+
+    def detokenize(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ids. Raises Refusal while the model is not loaded."""
+        if self._text is None:
+            raise self._not_ready()
+        return self._text.decode(list(token_ids), skip_special_tokens)
+
+    # One request
+
+    async def generate(self, request: GenerationRequest, endpoint: str = "/generate") -> AsyncGenerator[Event, None]:
+        """The events of a request: Started once the first token is there, then text, ends, and Completed.
+
+        Raises Refusal, before the first event, if the request is not carried out. Closing the generator, or cancelling
+        the task that waits for it, aborts the request.
+        """
+        began = self._clock()
+        outcome = "cancelled"
+        job: Job | None = None
+        mailbox: Mailbox | None = None
+        reserved = False
+        try:
+            ready, text = self._reserve(request)
+            reserved = True
+            job = Job(request, began, self._metrics)
+            self._jobs.add(job)
+            prompt_ids = await self._prompt_ids(text, request)
+            params = self._resolve(request, ready, text, prompt_ids)
+            if job.cancelled:
+                raise self._not_ready()
+            job.prepare(text, params, len(prompt_ids), self._clock())
+            mailbox = job.mailbox = self._client.open(
+                prompt_ids,
+                params,
+                num_choices=request.n,
+                priority=request.priority,
+                tenant=request.tenant,
+                cache_salt=request.cache_salt,
+            )
+            started = False
+            while not job.ended:
+                events = job.take(await mailbox.receive(), self._client)
+                if not started and events:
+                    if job.ended and job.num_tokens == 0:
+                        raise self._lost_before_start(job)
+                    started = True
+                    request_id = request.request_id or f"gen-{self._id_prefix}{next(self._ids):06x}"
+                    yield Started(request_id, ready.identity.model, params.seed)
+                for event in events:
+                    yield event
+            yield Completed(params.seed, job.usage(), job.timings(self._clock()))
+        except Refusal as refusal:
+            outcome = refusal.code
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
+        finally:
+            if mailbox is not None:
+                self._client.close(mailbox)
+            now = self._clock()
+            if reserved:
+                self._release(request.n, now)
+            if job is not None:
+                self._jobs.discard(job)
+                outcome = job.outcome if job.ended else outcome
+            self._count(endpoint, outcome, job, now - began, now)
+
+    def _reserve(self, request: GenerationRequest) -> tuple[Ready, ModelText]:
+        """Take the request's places, all or none, without a pause in which another could. Raises Refusal."""
+        ready, text = self._supervisor.ready, self._text
+        if self.state != "ready" or ready is None or text is None:
+            raise self._not_ready()
+        if problems := self.problems(request):
+            raise Refusal("invalid_request", problems)
+        capacity = ready.max_running + self._settings.max_waiting
+        if self._places_taken + request.n > capacity:
+            message = f"All {capacity} places are taken ({ready.max_running} running, the rest waiting)."
+            raise Refusal("queue_full", [Problem(None, message)], self._retry_after(request.n))
+        self._places_taken += request.n
+        self._idle.clear()
+        return ready, text
+
+    def _release(self, places: int, now: float) -> None:
+        self._places_taken -= places
+        self._finished.extend([now] * places)
+        if self._places_taken == 0:
+            self._idle.set()
+
+    def _retry_after(self, places: int) -> int:
+        """Seconds until so many places should be free, from how fast they got free lately; 1 to 60."""
+        now = self._clock()
+        while self._finished and self._finished[0] < now - _RATE_WINDOW_SECONDS:
+            self._finished.popleft()
+        if not self._finished:
+            return 5
+        window = max(1.0, now - self._finished[0])
+        return min(60, max(1, math.ceil(places * window / len(self._finished))))
+
+    def _not_ready(self) -> Refusal:
+        state = self.state
+        said: dict[ServiceState, tuple[ErrorCode, str, int | None]] = {
+            "loading": ("loading", "The model is being loaded.", 2),
+            "draining": ("draining", "The server is shutting down.", 5),
+            "engine_restarting": ("engine_restarting", "The engine is being started again.", 2),
+            # 503, like the others, so that a balancer looks elsewhere; waiting does not help here, so no Retry-After.
+            "failed": ("engine_restarting", "The engine has failed and is not started again.", None),
+            "ready": ("internal", "The request was ended.", None),
+        }
+        code, message, retry_after = said[state]
+        return Refusal(code, [Problem(None, message)], retry_after)
+
+    def _lost_before_start(self, job: Job) -> Refusal:
+        if job.cancelled:
+            return self._not_ready()
+        return Refusal("internal", [Problem(None, job.error or "The engine could not carry out this request.")])
+
+    async def _prompt_ids(self, text: ModelText, request: GenerationRequest) -> list[int]:
+        """Template and tokens; a long text in a thread, where the tokenizer lets others run. Raises Refusal."""
+        if request.prompt_token_ids is not None:
+            return list(request.prompt_token_ids)
+
+        def encode() -> list[int]:
+            if request.messages is not None:
+                return text.encode_messages(request.messages)
+            return text.encode(request.prompt or "", request.add_special_tokens)
+
+        size = len(request.prompt or "") + sum(_content_size(message) for message in request.messages or ())
+        try:
+            if size <= self._settings.inline_characters:
+                return encode()
+            return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+        except TemplateError as error:
+            raise Refusal("invalid_request", [Problem("messages", f"{error}")]) from error
+
+    def _resolve(self, request: GenerationRequest, ready: Ready, text: ModelText, prompt: list[int]) -> SamplingParams:
+        """Every parameter with its value. Raises Refusal for what only the tokens show."""
+        param = "messages" if request.messages is not None else "prompt"
+        param = "prompt_token_ids" if request.prompt_token_ids is not None else param
+        if not prompt:
+            message = "The prompt is empty: at least one token is needed."
+            raise Refusal("invalid_request", [Problem(param, message, None, "at least one token")])
+        context = self._context(ready)
+        room = context - len(prompt)
+        wanted = request.max_new_tokens
+        if room < 1 or (wanted or 0) > room:
+            message = f"The prompt has {len(prompt)} tokens"
+            message += f" and max_new_tokens is {wanted}" if wanted is not None else ""
+            message += f"; together with at least one new token they may be {context} at most."
+            if room >= 1:
+                message = (
+                    f"The prompt's {len(prompt)} tokens and max_new_tokens {wanted} exceed the context of {context}."
+                )
+                problem = Problem("max_new_tokens", message, wanted, f"1 to {room}")
+            else:
+                problem = Problem(param, message, len(prompt), f"up to {context - 1} tokens")
+            raise Refusal("context_length_exceeded", [problem])
+        max_new_tokens = wanted if wanted is not None else min(self._settings.default_max_new_tokens, room)
+        if request.min_new_tokens > max_new_tokens:
+            message = f"min_new_tokens must not exceed max_new_tokens, which is {max_new_tokens} here."
+            raise Refusal(
+                "invalid_request",
+                [Problem("min_new_tokens", message, request.min_new_tokens, f"0 to {max_new_tokens}")],
+            )
+        defaults = {**_DEFAULTS, **text.generation_defaults}
+
+        def value(name: str) -> float:
+            given = getattr(request, name)
+            return float(defaults[name] if given is None else given)
+
+        return SamplingParams(
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=request.min_new_tokens,
+            temperature=value("temperature"),
+            top_k=max(0, int(value("top_k"))),
+            top_p=value("top_p"),
+            min_p=request.min_p,
+            typical_p=value("typical_p"),
+            repetition_penalty=value("repetition_penalty"),
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            seed=request.seed if request.seed is not None else secrets.randbelow(2**53),
+            logit_bias=tuple(sorted(request.logit_bias.items())),
+            stop_token_ids=request.stop_token_ids,
+            ignore_eos=request.ignore_eos,
+        )
+
+    @staticmethod
+    def _context(ready: Ready) -> int:
+        """Tokens of one sequence: what the model allows, or what the cache holds (the last token needs no place)."""
+        return min(ready.max_model_len, ready.num_blocks * ready.block_size + 1)
+
+    def _count(self, endpoint: str, outcome: str, job: Job | None, duration: float, now: float) -> None:
+        timings = job.timings(now) if job is not None else None
+        began = job is not None and job.num_tokens > 0
+        self._metrics.request_finished(
+            endpoint,
+            outcome,
+            duration=duration,
+            queue=timings.queue_ms / 1e3 if timings is not None and began else None,
+            prefill=timings.prefill_ms / 1e3 if timings is not None and began else None,
+            decode=timings.decode_ms / 1e3 if timings is not None and began else None,
+            prompt_tokens=job.prompt_tokens if job is not None else 0,
+            generated_tokens=job.num_tokens if job is not None else 0,
+        )
+
+
+def _content_size(message: dict[str, Any]) -> int:
+    content = message.get("content") or ""
+    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)
