@@ -113,12 +113,7 @@ class Job:
         """The events of what has arrived."""
         events: list[Event] = []
         for arrival in arrivals:
-            choice = self._choices[arrival.index]
-            token_ids = arrival.token_ids
-            if choice.finish_reason is None:
-                self._take_one(choice, arrival, token_ids, events, client)
-            elif token_ids:
-                self._metrics.tokens_discarded("stop", len(token_ids))
+            self._take_one(self._choices[arrival.index], arrival, arrival.token_ids, events, client)
         return events
 
     def _take_one(

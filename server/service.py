@@ -7,6 +7,7 @@ on its way is in `server.job`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from server.client import EngineClient, Mailbox
 from server.engine.messages import Ready
-from server.engine.request import SamplingParams
+from server.engine.request import FinishReason, SamplingParams
 from server.generation import (
     Completed,
     ErrorCode,
@@ -155,7 +156,8 @@ class Service:
             for job in list(self._jobs):
                 job.cancel(self._client)
             # Their readers need a moment to pass on the last event; one that does not read is not waited for.
-            await asyncio.wait({asyncio.ensure_future(self._idle.wait())}, timeout=1.0)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), 1.0)
 
     async def stop(self) -> None:
         """End everything at once, the engine too. `drain` first to let requests finish."""
@@ -256,7 +258,7 @@ class Service:
         the task that waits for it, aborts the request.
         """
         began = self._clock()
-        outcome = "cancelled"
+        outcome: str | None = None
         job: Job | None = None
         mailbox: Mailbox | None = None
         reserved = False
@@ -291,9 +293,7 @@ class Service:
                     yield event
             yield Completed(params.seed, job.usage(), job.timings(self._clock()))
         except Refusal as refusal:
-            outcome = refusal.code
-            raise
-        except (GeneratorExit, asyncio.CancelledError):
+            outcome = FinishReason.ERROR.value if refusal.code == "internal" else refusal.code
             raise
         except Exception:
             outcome = "internal"
@@ -306,7 +306,9 @@ class Service:
                 self._release(request.n, now)
             if job is not None:
                 self._jobs.discard(job)
-                outcome = job.outcome if job.ended else outcome
+            if outcome is None:
+                # Ended as its choices did; or its reader went away, and GeneratorExit or CancelledError passes by.
+                outcome = job.outcome if job is not None and job.ended else FinishReason.CANCELLED.value
             self._count(endpoint, outcome, job, now - began, now)
 
     def _reserve(self, request: GenerationRequest) -> tuple[Ready, ModelText]:

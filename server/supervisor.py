@@ -34,6 +34,8 @@ from server.engine.messages import (
     decode_from_engine,
     encode,
 )
+from server.watchdog import Limits as Limits
+from server.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from server.metrics import Metrics
@@ -87,30 +89,6 @@ def spawn_engine(config: EngineConfig, command: Sequence[str] | None = None) -> 
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         ours.sendall(encode(Init(config)))
     return EngineProcess(popen, ours)
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """When an engine counts as hung, and how often it may crash. Seconds.
-
-    step, step_factor  a step hangs after max(step, step_factor x its predicted duration)
-    load, warmup       without any progress in that phase; a download of a large model reports progress
-    silence            without a heartbeat, once it has beaten; start_silence until the first one
-    crashes, window    so many crashes within so much time of service, and the engine is given up
-    tick               how often all this is looked at
-    stop               how long a stopping engine may take before it is killed
-    """
-
-    step: float = 10.0
-    step_factor: float = 20.0
-    load: float = 1800.0
-    warmup: float = 1800.0
-    silence: float = 10.0
-    start_silence: float = 120.0
-    crashes: int = 3
-    window: float = 60.0
-    tick: float = 0.1
-    stop: float = 5.0
 
 
 class Listener(Protocol):
@@ -237,10 +215,12 @@ class Supervisor:
                 self._process.close()
                 self._process = None
         else:
-            self.send(Shutdown())
+            # An engine that still loads does not listen, and has nothing to finish.
+            if self.state != "ready" or not self.send(Shutdown()):
+                self._kill()
             done, _ = await asyncio.wait({self._task}, timeout=self._limits.stop)
-            if not done and self._process is not None:
-                self._process.kill()
+            if not done:
+                self._kill()
             await asyncio.wait({self._task})
         if self.state != "failed":
             self._enter("stopped")
@@ -272,8 +252,11 @@ class Supervisor:
             logger.exception("the supervisor failed")
             self._give_up(f"the supervisor failed: {type(error).__name__}")
         finally:
-            if self._process is not None:
-                self._process.kill()
+            self._kill()
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
 
     def _give_up(self, cause: str) -> None:
         self.failure = cause
@@ -285,8 +268,8 @@ class Supervisor:
     async def _watch(self, process: EngineProcess) -> str:
         """Serve one process from its start to its end. Returns why it ended."""
         loop = asyncio.get_running_loop()
-        watch = _Watch(self._limits)
-        connection = _Connection(lambda body: self._receive(watch, body), self._writable_again)
+        watch = Watchdog(self._limits)
+        connection = _Connection(lambda body: self._receive(watch, connection, body), self._writable_again)
         try:
             await loop.create_unix_connection(lambda: connection, sock=process.sock)
             self._connection = connection
@@ -298,19 +281,19 @@ class Supervisor:
                 before = now
                 if process.popen.poll() is not None:
                     break
-                if watch.fault is None:
-                    watch.fault = connection.fault or watch.hang()
-                if watch.fault is not None:
-                    process.kill()
+                connection.fault = connection.fault or watch.hang()
+                if connection.fault is not None:
                     break
         finally:
             # Everything that was still in the socket has been received once the end of it is seen.
-            if not connection.lost.done() and watch.fault is None:
+            if not connection.lost.done() and connection.fault is None:
                 await asyncio.wait({connection.lost}, timeout=1.0)
+            if connection.fault is not None:
+                process.kill()
             self._down()
             connection.close()
             await self._reap(process)
-        return watch.fault or connection.fault or _ending(process.popen.returncode)
+        return connection.fault or _ending(process.popen.returncode)
 
     def _down(self) -> None:
         """The connection is of no more use."""
@@ -339,9 +322,9 @@ class Supervisor:
         if self._process is process:
             self._process = None
 
-    def _receive(self, watch: _Watch, body: bytes) -> None:
+    def _receive(self, watch: Watchdog, connection: _Connection, body: bytes) -> None:
         message = decode_from_engine(body)
-        watch.silence = 0.0
+        watch.heard()
         if isinstance(message, StepOutput):
             if self.listener is not None:
                 self.listener.engine_output(message)
@@ -361,16 +344,16 @@ class Supervisor:
                 self._enter("warmup")
         elif isinstance(message, Ready):
             watch.ready()
-            self._become_ready(watch, message)
+            self._become_ready(connection, message)
         elif isinstance(message, Failed):
             self.failed_usage = message.usage
-            watch.fault = message.message
+            connection.fault = message.message
 
-    def _become_ready(self, watch: _Watch, ready: Ready) -> None:
+    def _become_ready(self, connection: _Connection, ready: Ready) -> None:
         if self.ready is not None and ready.identity != self.ready.identity:
             # Tokens are a function of the identity: going on would break off streams in one voice and end in another.
             self.failed_usage = True
-            watch.fault = "the restarted engine is not the one before: the model or the machine has changed meanwhile"
+            connection.fault = "the restarted engine is not the one before: model or machine have changed meanwhile"
             return
         self.ready = ready
         self._ready_since = self._clock()
@@ -394,67 +377,10 @@ class Supervisor:
                 waiter.set_result(None)
 
 
-class _Watch:
-    """What is known of one process's health. Seconds are counted while this process itself was awake.
-
-    A parent that was stopped or starved must not take its own absence for the child's silence: a tick that comes late
-    counts as two ticks at most.
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._phase = "load"
-        self._phase_seconds = 0.0
-        self._predicted_seconds = 0.0
-        self._stalled = 0.0  # since the last sign of progress while loading or warming up
-        self._has_beaten = False
-        self.silence = 0.0
-        self.step_id = 0
-        self.fault: str | None = None
-
-    def advance(self, seconds: float) -> None:
-        seconds = min(seconds, 2 * self._limits.tick)
-        self.silence += seconds
-        self._stalled += seconds
-        self._phase_seconds += seconds
-
-    def beat(self, beat: Heartbeat) -> None:
-        if beat.phase != self._phase:
-            self._stalled = 0.0
-        self._has_beaten = True
-        self._phase, self.step_id = beat.phase, beat.step_id
-        self._phase_seconds, self._predicted_seconds = beat.phase_seconds, beat.predicted_seconds
-
-    def progress(self) -> None:
-        self._stalled = 0.0
-
-    def ready(self) -> None:
-        self._has_beaten = True
-        self._phase, self._phase_seconds = "idle", 0.0
-
-    def hang(self) -> str | None:
-        """Why this process must be taken for hung, or None."""
-        limits = self._limits
-        if self.silence > (limits.silence if self._has_beaten else limits.start_silence):
-            return f"the engine has given no sign of life for {self.silence:.1f} s"
-        if self._phase == "step":
-            allowed = max(limits.step, limits.step_factor * self._predicted_seconds)
-            if self._phase_seconds > allowed:
-                return (
-                    f"the engine hangs in step {self.step_id}: {self._phase_seconds:.1f} s, "
-                    f"predicted {self._predicted_seconds:.2f} s, allowed {allowed:.1f} s"
-                )
-        elif self._phase in ("load", "warmup"):
-            allowed = limits.load if self._phase == "load" else limits.warmup
-            if self._stalled > allowed:
-                return f"the engine has made no progress in its {self._phase} phase for {self._stalled:.0f} s"
-        return None
-
-
 class _Connection(asyncio.Protocol):
     """The parent's end of the socket: bytes to frames. `lost` is done when the other end is closed.
 
-    A frame that cannot be read sets `fault` and ends the connection.
+    fault  why the process must not be listened to any more, once there is a reason
     """
 
     def __init__(self, receive: Callable[[bytes], None], writable_again: Callable[[], None]) -> None:

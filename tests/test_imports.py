@@ -36,7 +36,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.engine.request",
     ),
     "server.text": ("server.text",),
-    "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics"),
+    "server.watchdog": ("server.engine.messages",),
+    "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics", "server.watchdog"),
     "server.client": (
         "server.supervisor",
         "server.engine.messages",
