@@ -115,7 +115,6 @@ def _run(
 async def _serve_until_stopped(
     settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
 ) -> int:
-    from server.client import EngineClient
     from server.http.app import create_app
     from server.http.serving import HttpServer
     from server.logs import configure_logging
@@ -127,8 +126,7 @@ async def _serve_until_stopped(
     metrics = Metrics()
     limits = Limits(crashes=settings.max_crashes_per_minute)
     supervisor = Supervisor(settings.engine_config(), metrics, command=command, first=process, limits=limits)
-    client = EngineClient(supervisor, metrics)
-    service = Service(supervisor, client, metrics, ServiceSettings(max_waiting=settings.max_waiting))
+    service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting))
     server = HttpServer(create_app(service, metrics), metrics, sock)
 
     stop = asyncio.Event()

@@ -155,7 +155,8 @@ class Observer:
             path = scope["path"]
             route = path if path in ROUTES else "other"
             self._metrics.http_request(route, scope["method"], status or _CLIENT_GONE, seconds)
-            level = logging.DEBUG if route in _PROBES and status < 400 else logging.INFO
+            # Probes come every second and say what the metrics say too.
+            level = logging.DEBUG if route in _PROBES else logging.INFO
             if request_log.isEnabledFor(level):
                 line = {
                     "request": request_id,

@@ -150,7 +150,7 @@ class GenerationResponse(Response):
         writer = EventWriter(self._request.return_token_ids, self._request.request_id)
         wire = _Wire(send, self._limits)
         ticker = asyncio.create_task(wire.keep_alive())
-        open_outputs = {0}
+        open_outputs = set(range(self._request.n))
         failed: tuple[str, list[Problem]] | None = None
         completed: Completed | None = None
         try:

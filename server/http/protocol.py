@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.generation import Problem
@@ -45,6 +46,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parsed_head_bytes = 0
         self._running: RequestResponseCycle | None = None
         self._rejected = False
+        self._upgrading = False
         self._receipt_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
 
@@ -71,7 +73,7 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         if self._part == "head":
             self._fed_head_bytes += len(data)
-        super().data_received(data)
+        self._feed(data)
         if self._rejected or self.transport.is_closing():
             return
         if self._part == "head" and self._fed_head_bytes > self._limits.max_head_bytes:
@@ -80,6 +82,29 @@ class BoundedProtocol(HttpToolsProtocol):
             self._cancel_receipt()
         else:
             self._arm_receipt()
+
+    def _feed(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._upgrading:
+                self._go_on_without_upgrade(data[upgrade.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
+
+    def _go_on_without_upgrade(self, rest: bytes) -> None:
+        """Read a request that offers another protocol as what it is without the offer.
+
+        Some clients offer HTTP/2 with every first request. The parser takes the body of such a request for the other
+        protocol's bytes and would drop it; so a fresh parser gets the same head without the offer, and then the body.
+        """
+        self._upgrading = False
+        offered = (b"upgrade", b"connection", b"http2-settings")
+        head = [b"%b %b HTTP/1.1\r\n" % (self.parser.get_method(), self.url)]
+        head += [b"%b: %b\r\n" % header for header in self.headers if header[0] not in offered]
+        self.parser = httptools.HttpRequestParser(self)
+        self._feed(b"".join([*head, b"\r\n"]) + rest)
 
     def send_400_response(self, msg: str) -> None:
         """The parser gave up, on its own or from a callback of ours."""
@@ -92,7 +117,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._part = "head"
-        self._fed_head_bytes = self._parsed_head_bytes = 0
+        # At least this byte of it is there; how many more came with it is counted as they are parsed.
+        self._fed_head_bytes, self._parsed_head_bytes = 1, 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -107,10 +133,15 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise _HeadRefused
+        if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._upgrading = True
+            return
         self._part = "body"
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
+        if self._upgrading:
+            return
         self._part = None
         super().on_message_complete()
 
