@@ -167,7 +167,7 @@ class CpuOps:
         """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
-        return sample(logits, metadata)
+        return sample(logits, metadata, self._workspace)
 
     def _heights(self, head_dim: int, dtype: torch.dtype, rows: int, softcap: bool) -> bool:
         """Whether prompts may use tall tiles beside decode tiles of `rows` rows; checked once."""

@@ -1,0 +1,180 @@
+"""Each operation of CpuOps gives what ReferenceOps gives, over odd shapes, in bf16 and float32."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.cpu import CpuOps, attention
+from kernels.ops import AttentionMetadata
+from kernels.reference import ReferenceOps
+from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, stored
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
+REFERENCE = ReferenceOps()
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Within a few roundings of `dtype`, relative to the largest value."""
+    assert actual.dtype == dtype
+    torch.testing.assert_close(
+        actual.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 768), (3, 77), (16, 768), (70, 129), (5, 4096)])
+def test_norms_and_activation(dtype: torch.dtype, rows: int, width: int) -> None:
+    ops = CpuOps(dtype=dtype)
+    x, residual = torch.randn(rows, width).to(dtype) * 3, torch.randn(rows, width).to(dtype)
+    weight = torch.randn(width).to(dtype)
+    close(ops.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5), dtype)
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    close(normed, REFERENCE.rms_norm(total, weight, 1e-5), dtype)
+    gate_up = torch.randn(rows, 2 * width).to(dtype) * 20
+    close(ops.silu_mul(gate_up), REFERENCE.silu_mul(gate_up), dtype)
+
+
+def test_silu_at_the_ends() -> None:
+    gate = torch.tensor([[-1e30, -200.0, -88.9, 0.0, 88.9, 1e30]])
+    ops = CpuOps(dtype=torch.float32)
+    actual = ops.silu_mul(torch.cat([gate, torch.ones_like(gate)], 1))
+    torch.testing.assert_close(actual, torch.nn.functional.silu(gate), atol=1e-36, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 1), (7, 33), (96, 80), (1280, 768), (250, 1003), (33, 11008)]
+)
+@pytest.mark.parametrize("fixed_rows", [False, True])
+def test_linear(
+    dtype: torch.dtype, out_features: int, in_features: int, fixed_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fixed_rows:
+        monkeypatch.setattr("kernels.cpu.linear.rows_agree", lambda weight: False)
+    ops = CpuOps(dtype=dtype)
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    for bias in (None, torch.randn(out_features)):
+        prepared = ops.prepare_linear(weight, bias)
+        assert (prepared.out_features, prepared.in_features) == (out_features, in_features)
+        expected = REFERENCE.prepare_linear(weight.to(dtype), None if bias is None else bias.to(dtype))
+        for rows in (1, 2, 5, 16, 37):
+            x = torch.randn(rows, in_features).to(dtype)
+            close(ops.linear(x, prepared), REFERENCE.linear(x, expected), dtype)
+    strided = torch.randn(4, 2 * in_features).to(dtype)[:, ::2]
+    close(ops.linear(strided, prepared), REFERENCE.linear(strided, expected), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(dtype: torch.dtype) -> None:
+    weight, ids = torch.randn(50, 12), torch.tensor([3, 0, 49, 3])
+    close(CpuOps(dtype=dtype).embedding(ids, weight), weight[ids], dtype)
+
+
+LAYERS = [
+    Layer(12, 4, 64),
+    Layer(4, 4, 64, block_size=32),
+    Layer(8, 1, 80, rotary_dim=40),
+    Layer(8, 4, 96, window=33),
+    Layer(4, 1, 128, softcap=20.0),
+    Layer(6, 2, 256, block_size=32, window=150, softcap=30.0),
+    Layer(2, 1, 64, block_size=1),
+    Layer(80, 2, 64),  # 40 heads share a KV head: more than a prompt tile has rows
+]
+# Steps as (query_len, seq_len) of each sequence. A sequence stands at the same place in both steps.
+STEPS = [
+    [[(1, 1), (15, 15), (16, 16), (17, 17), (300, 300)], [(1, 2), (1, 16), (40, 56), (1, 18), (90, 390)]],
+    [[(130, 130), (3, 3)], [(1, 131), (2, 5)]],
+    [[(700, 700)], [(1, 701)]],
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("one_height", [False, True])
+def test_attention(dtype: torch.dtype, layer: Layer, one_height: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if one_height:
+        monkeypatch.setattr(attention, "heights_agree", lambda *args: False)
+    steps_run = STEPS[:2] if one_height else STEPS
+    ops = CpuOps(dtype=dtype)
+    rotary = layer.rotary(1024)
+    for case, steps in enumerate(steps_run):
+        ends = [seq_len for _, seq_len in steps[-1]]
+        free = random.Random(case).sample(range(800), 800)
+        tables = [block_table(end, layer.block_size, free) for end in ends]
+        cache = ops.allocate_kv_cache(layer.spec(dtype), 800)
+        expected_cache = REFERENCE.allocate_kv_cache(layer.spec(dtype), 800)
+        cache.data.fill_(float("nan"))  # what dead requests may have left in free blocks
+        for number, step in enumerate(steps):
+            metadata = AttentionMetadata([q for q, _ in step], [n for _, n in step], tables, layer.block_size)
+            packed = layer.packed(sum(metadata.query_lens), dtype, seed=number)
+            query, output, plan = attention_step(ops, layer, cache, metadata, packed, rotary)
+            expected_plan = REFERENCE.plan(metadata)
+            expected_query = REFERENCE.write_kv(*layer.split(packed), rotary, expected_cache, expected_plan)
+            assert torch.equal(query, expected_query.to(dtype))
+            slots = torch.cat([s[len(s) - q :] for q, s in zip(expected_plan.query_lens, expected_plan.slots)])
+            written = torch.stack([expected_cache.keys.flatten(0, 1)[slots], expected_cache.values.flatten(0, 1)[slots]])
+            assert torch.equal(stored(cache, plan), written)
+            expected = REFERENCE.paged_attention(
+                query, expected_cache, expected_plan, layer.head_dim**-0.5, layer.softcap
+            )
+            close(output, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_query_and_key_norm(dtype: torch.dtype) -> None:
+    layer = Layer(6, 2, 80)
+    ops, rotary = CpuOps(dtype=dtype), layer.rotary(64)
+    norms = torch.rand(80) + 0.5, torch.rand(80) + 0.5
+    metadata = AttentionMetadata([5], [5], [[2]], 16)
+    packed = layer.packed(5, dtype, seed=0)
+    cache, expected_cache = (o.allocate_kv_cache(layer.spec(dtype), 4) for o in (ops, REFERENCE))
+    plan, expected_plan = ops.plan(metadata), REFERENCE.plan(metadata)
+    # Not views of one tensor here: the path that must join query and key first.
+    parts = [part.clone() for part in layer.split(packed)]
+    query = ops.write_kv(*parts, rotary, cache, plan, *norms, eps=1e-5)
+    expected = REFERENCE.write_kv(*parts, rotary, expected_cache, expected_plan, *norms, eps=1e-5)
+    close(query, expected, dtype)
+    close(stored(cache, plan)[0], expected_cache.keys[2, :5].float(), dtype)
+
+
+def test_float32_cache_under_bf16_activations() -> None:
+    layer = Layer(4, 2, 64)
+    ops = CpuOps(dtype=torch.bfloat16)
+    cache = ops.allocate_kv_cache(layer.spec(torch.float32), 4)
+    metadata = AttentionMetadata([9], [9], [[1]], 16)
+    packed = layer.packed(9, torch.bfloat16, seed=0)
+    _, output, _ = attention_step(ops, layer, cache, metadata, packed, layer.rotary(16))
+    expected_cache = REFERENCE.allocate_kv_cache(layer.spec(torch.float32), 4)
+    _, expected, _ = attention_step(REFERENCE, layer, expected_cache, metadata, packed, layer.rotary(16))
+    close(output, expected, torch.bfloat16)
+
+
+def test_long_work_is_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small limits give the same bits: pieces of sequences, heads and tiles, masks made anew for each."""
+    layer, dtype = Layer(6, 2, 64, window=400), torch.float32
+    metadata = AttentionMetadata([500, 1, 1, 1], [500, 300, 300, 40], [list(range(s, s + 32)) for s in (0, 32, 64, 96)], 16)
+    packed, rotary = layer.packed(503, dtype, seed=0), layer.rotary(512)
+
+    def run() -> Tensor:
+        ops = CpuOps(dtype=dtype)
+        return attention_step(ops, layer, ops.allocate_kv_cache(layer.spec(dtype), 128), metadata, packed, rotary)[1]
+
+    whole = run()
+    monkeypatch.setattr(attention, "MAX_MASK_BYTES", 100_000)
+    monkeypatch.setattr(attention, "MAX_CACHED_MASK_BYTES", 0)
+    for limit in (1, 600_000):
+        monkeypatch.setattr(attention, "MAX_GATHER_BYTES", limit)
+        assert torch.equal(run(), whole)
+
+
+def test_workspaces_survive_leaving_inference_mode() -> None:
+    ops = CpuOps(dtype=torch.float32)
+    with torch.inference_mode():
+        ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
+    with torch.no_grad():
+        ops.rms_norm(torch.ones(2, 8), torch.nn.Parameter(torch.ones(8)), 1e-6)
