@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from models.errors import ModelError
 
 BUILT_IN_MODELS: dict[str, Path] = {"stet-tales": Path(__file__).parent / "tales"}
 
+# A name or owner/name; what starts with a dot, ~ or /, or lies deeper, can only be meant as a folder.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 # What is fetched: configuration, tokenizer and safetensors at the top of the repository. Never pickles, never code,
@@ -42,14 +42,9 @@ def resolve_model(
         return folder.resolve()
     if folder.is_file():
         raise ModelError(f"{model} is a file; give the folder that holds config.json and *.safetensors")
-    if _only_a_path(model) or not _HUB_ID.fullmatch(model):
+    if not _HUB_ID.fullmatch(model):
         raise ModelError(f"there is no folder {model!r}; check the path, or give a Hub id like Qwen/Qwen3-0.6B")
     return _from_hub(model, revision, offline, progress)
-
-
-def _only_a_path(model: str) -> bool:
-    """Whether `model` can only be meant as a folder: absolute, from a dot or ~, or deeper than owner/name."""
-    return model.startswith((".", "~", os.sep)) or model.count("/") > 1 or "\\" in model
 
 
 def _from_hub(model: str, revision: str | None, offline: bool, progress: Callable[[str], None] | None) -> Path:

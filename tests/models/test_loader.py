@@ -24,9 +24,12 @@ from models.errors import ModelError
 from models.layers import DecoderModel
 from models.loader import (
     LoadProgress,
+    fill,
     load_config,
     load_model,
+    new_model,
     random_model,
+    random_tensors,
     save_random_checkpoint,
     weights_hash,
 )
@@ -115,18 +118,27 @@ def test_half_precision_checkpoints_load(folder: Path, dtype: torch.dtype) -> No
     assert torch.equal(rounded, logits(load_model(folder, ReferenceOps())))
 
 
-def test_pieces_of_different_dtypes_lose_nothing(folder: Path) -> None:
-    expected = logits(load_model(folder, ReferenceOps()))
+def test_pieces_of_different_dtypes_lose_nothing() -> None:
+    """The half-precision piece of q, k and v comes first; the others must not be rounded to it."""
+    config = ModelConfig.from_hf(HF_CONFIG)
+    ops = ReferenceOps()
+    model = new_model(config, ops, "none")
+    half = "model.layers.0.self_attn.q_proj.weight"
+    weights = dict(random_tensors(model.slots(), config, SEED, STD))
+    fill(model.slots(), {half: weights[half].bfloat16(), **{n: t for n, t in weights.items() if n != half}}.items())
+    all_wide = new_model(config, ops, "none")
+    fill(all_wide.slots(), (weights | {half: weights[half].bfloat16().float()}).items())
+    assert torch.equal(logits(model), logits(all_wide))
 
-    def round_one(tensors: dict[str, Tensor]) -> None:
-        name = "model.layers.0.self_attn.q_proj.weight"
-        tensors[name] = torch.zeros_like(tensors[name], dtype=torch.bfloat16)
 
-    edit_tensors(folder, round_one)
-    mixed = logits(load_model(folder, ReferenceOps()))
-    edit_tensors(folder, lambda tensors: tensors.update({name: t.float() for name, t in tensors.items()}))
-    assert torch.equal(mixed, logits(load_model(folder, ReferenceOps())))
-    assert not torch.equal(mixed, expected)
+def test_fill_wants_every_tensor_once() -> None:
+    config = ModelConfig.from_hf(HF_CONFIG)
+    slots = new_model(config, ReferenceOps(), "none").slots()
+    with pytest.raises(ModelError, match=r"27 tensors never came, the first being model\.embed_tokens\.weight"):
+        fill(slots, [])
+    norm = ("model.norm.weight", torch.ones(32))
+    with pytest.raises(ModelError, match="wanted no such tensor"):
+        fill(slots, [norm, norm])
 
 
 def test_computed_tensors_of_old_checkpoints_are_ignored(folder: Path) -> None:
