@@ -120,8 +120,12 @@ class Settings:
     max_running: int = _setting(64, _integer(1, 4096), "requests in one step at most", "COUNT")
     max_waiting: int = _setting(256, _integer(0, 1_000_000), "requests that may wait; further ones get 429", "COUNT")
     max_tokens_per_step: int = _setting(2048, _integer(1, 1_000_000), "tokens computed in one step at most", "TOKENS")
-    mixed_step_tokens: int = _setting(
-        256, _integer(1, 1_000_000), "prompt tokens beside running streams in one step at most", "TOKENS"
+    mixed_step_tokens: int | None = _setting(
+        None,
+        _integer(1, 1_000_000),
+        "prompt tokens beside running streams in one step at most",
+        "TOKENS",
+        "measured at warm-up",
     )
     no_prefix_caching: bool = _setting(False, _switch, "compute every prompt anew")
     threads: int | None = _setting(None, _integer(1, 1024), "CPU threads of the engine", "COUNT", "the physical cores")
@@ -200,7 +204,7 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> 
         except ValueError as error:
             raise ConfigError(f"{source}: {text!r} is not {error}") from None
     settings = Settings(**values)
-    if settings.mixed_step_tokens > settings.max_tokens_per_step:
+    if (settings.mixed_step_tokens or 0) > settings.max_tokens_per_step:
         raise ConfigError("--mixed-step-tokens must not be above --max-tokens-per-step")
     return settings
 
