@@ -106,9 +106,7 @@ def _run(
     settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
 ) -> int:
     """Import what serves, on the event loop that serves."""
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
         return runner.run(_serve_until_stopped(settings, command, sock, process, began))
 
 
