@@ -79,7 +79,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     files = _weight_files(path)
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        for name, tensor in _read_header(file).items():
+        try:
+            header = _read_header(file)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read ({error.strerror}); check its permissions") from None
+        for name, tensor in header.items():
             if name in tensors:
                 raise ModelError(f"tensor {name} is in both {tensors[name].file.name} and {file.name} of {path}")
             tensors[name] = tensor
@@ -92,10 +96,13 @@ def used_vocabulary(path: Path) -> int | None:
     if not file.is_file():
         return None
     tokenizer = _read_json(file, "")
-    vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
-    largest = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1)
-    added = [token["id"] for token in tokenizer.get("added_tokens") or []]
-    return int(max([largest, *added])) + 1 or None
+    try:
+        vocabulary = (tokenizer.get("model") or {}).get("vocab") or {}
+        largest = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1)
+        added = [token["id"] for token in tokenizer.get("added_tokens") or []]
+        return int(max([largest, *added])) + 1 or None
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise ModelError(f"{file} is not a tokenizer that can be read; download it again") from None
 
 
 def weights_hash(path: Path) -> str:

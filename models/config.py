@@ -16,6 +16,9 @@ from models.errors import ModelError
 from models.registry import check_architecture
 
 DtypeName = Literal["bfloat16", "float16", "float32"]
+# Limits far beyond any model, so that a nonsense number is an error and not an attempt to allocate it.
+_MAX_SIZE = 2**31 - 1
+_MAX_LAYERS = 10_000
 DTYPES: tuple[DtypeName, ...] = ("bfloat16", "float16", "float32")
 
 
@@ -88,6 +91,8 @@ class ModelConfig:
         _refuse_unsupported(config)
 
         num_layers = fields.size("num_hidden_layers")
+        if num_layers > _MAX_LAYERS:
+            raise ModelError(f"num_hidden_layers is {num_layers}; at most {_MAX_LAYERS} are supported")
         num_heads = fields.size("num_attention_heads")
         hidden_size = fields.size("hidden_size")
         num_kv_heads = fields.size("num_key_value_heads", num_heads if family.kv_heads_optional else None, num_heads)
@@ -211,8 +216,8 @@ class _Fields:
             value = null
         if value is None:
             raise ModelError(f"{self.prefix}{name} is missing; it must be a positive integer")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{self.prefix}{name} is {value!r}; it must be a positive integer")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
+            raise ModelError(f"{self.prefix}{name} is {value!r}; it must be a positive integer (up to {_MAX_SIZE})")
         return value
 
     def positive(self, name: str) -> float:
@@ -223,8 +228,10 @@ class _Fields:
         return _positive(f"{self.prefix}{name}", value)
 
     def flag(self, name: str, missing: bool) -> bool:
-        """True or false; `missing` where the field is absent."""
-        value = self.config.get(name, missing)
+        """True or false; `missing` where the field is absent or null."""
+        value = self.config.get(name)
+        if value is None:
+            return missing
         if not isinstance(value, bool):
             raise ModelError(f"{self.prefix}{name} is {value!r}; it must be true or false")
         return value
@@ -299,7 +306,7 @@ def _rope(config: Mapping[str, Any], family: _Family) -> tuple[float, RopeScalin
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in _ROPE_SCALINGS:
+    if not isinstance(kind, str) or kind not in _ROPE_SCALINGS:
         raise ModelError(f"{name}.rope_type is {kind!r}; supported are 'default', {str(list(_ROPE_SCALINGS))[1:-1]}")
     return theta, _ROPE_SCALINGS[kind](_Fields(rope, f"{name}."), config)
 
@@ -351,7 +358,7 @@ def _original_length(rope: _Fields, config: Mapping[str, Any]) -> int:
     return rope.size(name) if rope.config.get(name) is not None else _Fields(config).size("max_position_embeddings")
 
 
-_ROPE_SCALINGS: dict[Any, Callable[[_Fields, Mapping[str, Any]], RopeScaling]] = {
+_ROPE_SCALINGS: dict[str, Callable[[_Fields, Mapping[str, Any]], RopeScaling]] = {
     "linear": _linear_scaling,
     "llama3": _llama3_scaling,
     "yarn": _yarn_scaling,
@@ -377,7 +384,8 @@ def _sliding(
     layer_types = config.get("layer_types")
     if layer_types is not None:
         known = ("full_attention", "sliding_attention")
-        if len(layer_types) != num_layers or any(kind not in known for kind in layer_types):
+        listed = isinstance(layer_types, list) and len(layer_types) == num_layers
+        if not listed or any(kind not in known for kind in layer_types):
             raise ModelError(f"layer_types must hold {num_layers} entries, each one of {', '.join(known)}")
         layers = tuple(kind == "sliding_attention" for kind in layer_types)
     elif architecture == "SmolLM3ForCausalLM":

@@ -29,7 +29,8 @@ def resolve_model(
     """The folder that holds `model`: a built-in name ("stet-tales"), a folder, or a Hub id ("Qwen/Qwen3-0.6B").
 
     A folder wins over a Hub id of the same name. A Hub model is taken from the cache or downloaded into it at
-    `revision` (a branch, tag or commit; the main branch if None); with `offline` only the cache is looked at.
+    `revision` (a branch, tag or commit; None is the main branch, and all that a folder has); with `offline` only the
+    cache is looked at.
     `progress` gets a line before a download begins and when it is done. Raises ModelError.
     """
     if model in BUILT_IN_MODELS:
@@ -39,6 +40,8 @@ def resolve_model(
         return folder
     folder = Path(model).expanduser()
     if model and folder.is_dir():
+        if revision is not None:
+            raise ModelError(f"{model} is a folder, which has no revision {revision!r}; leave the revision out")
         return folder.resolve()
     if folder.is_file():
         raise ModelError(f"{model} is a file; give the folder that holds config.json and *.safetensors")

@@ -69,6 +69,10 @@ def test_local_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model("./some-org") == tmp_path / "some-org"
 
 
+def test_folder_has_no_revision(tmp_path: Path) -> None:
+    assert "is a folder, which has no revision 'v2'" in refusal(str(tmp_path), revision="v2")
+
+
 def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "m").mkdir()

@@ -342,6 +342,24 @@ def test_damaged_header(folder: Path, header: bytes) -> None:
     assert "is not a safetensors file" in refusal(folder)
 
 
+def test_header_that_promises_more_than_there_is(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    shape, lie = b'"shape":[61,32]', b'"shape":[99,32]'
+    assert shape in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(shape, lie))
+    assert "has shape [99, 32], expected [61, 32]" in refusal(folder)
+    set_config(folder, vocab_size=99)
+    message = refusal(folder)
+    assert f"{file} cannot be read" in message
+    assert "download it again" in message
+
+
+@pytest.mark.parametrize("tokenizer", [{"model": 3}, {"model": {"vocab": {"a": "b"}}}, {"added_tokens": [{}]}])
+def test_damaged_tokenizer(folder: Path, tokenizer: dict[str, Any]) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "tokenizer.json is not a tokenizer that can be read" in refusal(folder)
+
+
 def test_not_safetensors_at_all(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(b"\xff" * 64)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import warnings
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from models.config import ModelConfig, RopeScaling
 from models.errors import ModelError
@@ -221,6 +224,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 
+FIELDS = sorted({field for file in PUBLISHED.values() for field in file} | {"rope_parameters", "layer_types", "dtype"})
+NESTED_FIELDS = ["rope_type", "type", "rope_theta", "factor", "low_freq_factor", "beta_fast", "attention_factor"]
+
 # num_parameters, head_dim, rope_theta, rope scaling factor, window, qkv bias, QK norm, dtype, end tokens
 EXPECTED: dict[str, tuple[Any, ...]] = {
     "Llama-2-7B": (6_738_415_616, 128, 1e4, None, None, False, False, "float16", (2,)),
@@ -351,6 +357,8 @@ def test_model_type_stands_in_for_architectures() -> None:
         ({"hidden_size": ...}, ["hidden_size is missing"]),
         ({"hidden_size": -4096}, ["hidden_size is -4096", "positive integer"]),
         ({"hidden_size": 4096.0}, ["hidden_size is 4096.0", "positive integer"]),
+        ({"hidden_size": 10**20}, ["hidden_size is 1000", "up to 2147483647"]),
+        ({"num_hidden_layers": 10**7}, ["num_hidden_layers is 10000000", "at most 10000"]),
         ({"num_hidden_layers": True}, ["num_hidden_layers is True"]),
         ({"vocab_size": None}, ["vocab_size is missing"]),
         ({"num_attention_heads": 0}, ["num_attention_heads is 0"]),
@@ -390,6 +398,20 @@ def test_refused_by_name(fields: dict[str, Any], words: list[str]) -> None:
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["", "yarn", "llama3", "linear"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NESTED_FIELDS), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(list(PUBLISHED)), field=st.sampled_from(FIELDS), value=JSON)
+def test_whatever_a_field_holds_is_read_or_refused(name: str, field: str, value: Any) -> None:
+    with contextlib.suppress(ModelError):
+        ModelConfig.from_hf(PUBLISHED[name] | {"use_sliding_window": True, field: value})
 
 
 def test_refused_in_other_families() -> None:
