@@ -18,6 +18,7 @@ from models.registry import check_architecture
 DtypeName = Literal["bfloat16", "float16", "float32"]
 # Limits far beyond any model, so that a nonsense number is an error and not an attempt to allocate it.
 _MAX_SIZE = 2**31 - 1
+_MAX_NUMBER = 1e30
 _MAX_LAYERS = 10_000
 DTYPES: tuple[DtypeName, ...] = ("bfloat16", "float16", "float32")
 
@@ -238,7 +239,8 @@ class _Fields:
 
 
 def _positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < _MAX_NUMBER:  # a NaN compares false
         raise ModelError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 
@@ -303,6 +305,8 @@ def _rope(config: Mapping[str, Any], family: _Family) -> tuple[float, RopeScalin
         raise ModelError(f"{name}.partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported")
 
     theta = _positive("rope_theta", rope.get("rope_theta", config.get("rope_theta") or family.rope_theta))
+    if theta <= 1:
+        raise ModelError(f"rope_theta is {theta!r}; it must be above 1")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
