@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from server.engine.config import EngineConfig
 from server.engine.messages import (
@@ -45,6 +45,7 @@ logger = logging.getLogger("stet.supervisor")
 State = Literal["loading", "warmup", "ready", "restarting", "failed", "stopped"]
 
 _SOCKET_BUFFER_BYTES = 1024 * 1024
+_MAX_UNREAD_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(slots=True, eq=False)
@@ -393,10 +394,9 @@ class _Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport):
-            raise TypeError("a stream transport is needed")
-        transport.set_write_buffer_limits(high=8 * 1024 * 1024)
-        self._transport = transport
+        # uvloop's stream transports have the methods of asyncio.Transport without being any.
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=_MAX_UNREAD_BYTES)
 
     def send(self, frame: bytes) -> bool:
         if self._transport is None or self._transport.is_closing():
