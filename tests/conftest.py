@@ -1,0 +1,10 @@
+"""Settings of the whole test run."""
+
+from __future__ import annotations
+
+import os
+
+# The models of the tests are tiny: a second thread gains nothing, and on a shared machine each step would wait for
+# whichever thread is not being run. Set before torch is imported; servers and engines that tests start inherit it.
+# Tests about thread counts set their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
