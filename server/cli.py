@@ -57,6 +57,7 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     try:
         settings = resolve(vars(flags), os.environ)
         sock = open_socket(settings)
+        _stop_early_on_signals()
         process = spawn_engine(settings.engine_config(), command)
         return _run(settings, command, sock, process, began)
     except ConfigError as error:
@@ -65,12 +66,19 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
         return _fail(str(error), EXIT_USAGE if error.usage else EXIT_FAILED)
     except OSError as error:
         return _fail(f"the engine process cannot be started: {error.strerror or error}", EXIT_FAILED)
-    except KeyboardInterrupt:
-        # Ctrl-C while modules are imported, before the event loop takes the signal over.
-        return 128 + signal.SIGINT
     finally:
         if process is not None:
             process.kill()
+
+
+def _stop_early_on_signals() -> None:
+    """Until the event loop takes the signals over there is nothing to drain: end quietly, wherever that is."""
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise SystemExit(EXIT_OK)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,0 +1,255 @@
+"""The command line: start, what a person sees of it, and every way to end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.cli import main
+from server.version import VERSION
+from tests.server.http.launch import Launched, launched
+from tests.server.http.wire import Connection, post, wait_for
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["version"]) == 0
+    assert capsys.readouterr().out == f"stet {VERSION}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["launch"], ["serve", "--prot", "1"], ["vers"], ["serve", "a", "b"]])
+def test_usage_errors_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("stet")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "x"], "--port: 'x' is not an integer from 0 to 65535"),
+        (["--host", "0.0.0.0"], "can be reached by other machines"),
+        (["--host", "::"], "--insecure"),
+        (["--host", "no.such.host.invalid"], "there is no such address"),
+        (["--host", "192.0.2.1", "--insecure"], "choose another with --port"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"127.0.0.1 port {port}: address already in use" in error
+    assert error.count("\n") == 1
+
+
+def test_the_start_imports_little_before_the_engine_runs() -> None:
+    code = (
+        "import sys, server.cli\n"
+        "print(sorted({'fastapi', 'pydantic', 'uvicorn', 'prometheus_client', 'torch'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_http_process_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, server.cli, server.http.app, server.http.serving, server.service, server.metrics, server.logs\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_while_it_loads(tmp_path: Path) -> None:
+    with launched(tmp_path, ready=False, load_seconds=2.0) as server:
+        server.wait_for("/livez", 200, 10)
+        answer = server.get("/readyz")
+        assert (answer.status_code, answer.json()) == (503, {"status": "loading"})
+        refused = server.generate(prompt="x")
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "loading"
+        assert int(refused.headers["retry-after"]) >= 1
+        assert server.generate(prompt="x", temperature=9).status_code == 400
+        assert server.get("/info").status_code == 200
+        assert server.metric("stet_engine_up") == 0
+        server.wait_for("/readyz", 200)
+        assert server.generate(prompt="x", max_new_tokens=2).status_code == 200
+
+
+def test_ready_is_a_line_or_a_summary(tmp_path: Path) -> None:
+    with launched(tmp_path, "--log-format", "json") as server:
+        wait_for(lambda: '"ready"' in server.stderr)
+        line = json.loads(server.stderr.splitlines()[0])
+        assert line["event"] == "ready"
+        assert line["url"] == server.url
+        assert line["startup_seconds"] < 30
+    with launched(tmp_path, "--log-format", "text") as server:
+        wait_for(lambda: "curl" in server.stderr)
+        text = server.stderr
+        assert f"serves fake on {server.url}" in text
+        for word in ("model", "dtype", "quantization", "device", "context", "KV cache", "memory", "started in"):
+            assert re.search(rf"^  {word} ", text, re.MULTILINE)
+        assert f"curl {server.url}/generate -H 'Content-Type: application/json'" in text
+
+
+@pytest.mark.parametrize(("usage", "code"), [(True, 2), (False, 1)])
+def test_an_engine_that_cannot_load(tmp_path: Path, usage: bool, code: int) -> None:
+    with launched(tmp_path, ready=False, fail="no such model: fake", fail_usage=usage) as server:
+        assert server.wait(20) == code
+        assert "no such model: fake" in server.stderr
+        assert "Traceback" not in server.stderr
+        assert server.stderr.splitlines()[-1].startswith("stet: ")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("pause", [0.0, 0.1, 1.0])
+def test_a_signal_while_it_loads_ends_it_quietly(tmp_path: Path, number: int, pause: float) -> None:
+    with launched(tmp_path, ready=False, load_seconds=30.0) as server:
+
+        def listens() -> bool:
+            with socket.socket() as sock:
+                return sock.connect_ex(("127.0.0.1", server.port)) == 0
+
+        wait_for(listens, 10)
+        time.sleep(pause)
+        began = time.monotonic()
+        server.signal(number)
+        assert server.wait(10) == 0
+        assert time.monotonic() - began < 4
+        assert "Traceback" not in server.stderr
+
+
+class Stream:
+    """A streamed request in a thread; its lines as they come."""
+
+    def __init__(self, server: Launched, **body: Any) -> None:
+        self.lines: list[str] = []
+        self._server = server
+        self._body = {"stream": True, **body}
+        self.thread = threading.Thread(target=self._read, daemon=True)
+        self.thread.start()
+
+    def _read(self) -> None:
+        url = self._server.url + "/generate"
+        with (
+            contextlib.suppress(httpx.TransportError),
+            httpx.stream("POST", url, json=self._body, timeout=30) as answer,
+        ):
+            for line in answer.iter_lines():
+                self.lines.append(line)
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line[6:]) for line in list(self.lines) if line.startswith("data: {")]
+
+
+def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
+    with launched(tmp_path, step_seconds=0.03) as server:
+        stream = Stream(server, prompt="x", max_new_tokens=50)
+        wait_for(lambda: len(stream.lines) > 3)
+        server.signal(signal.SIGTERM)
+        server.wait_for("/readyz", 503, 5)
+        assert server.get("/readyz").json() == {"status": "draining"}
+        assert server.get("/livez").status_code == 200
+        refused = server.generate(prompt="x")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert "retry-after" in refused.headers
+        stream.thread.join(20)
+        assert stream.lines[-2] == "data: [DONE]"
+        assert [event["finish_reason"] for event in stream.events() if "finish_reason" in event] == ["length"]
+        assert server.wait() == 0
+        assert "Traceback" not in server.stderr
+
+
+def test_sigterm_ends_what_takes_too_long(tmp_path: Path) -> None:
+    with launched(tmp_path, "--drain-timeout", "0.4", step_seconds=0.05) as server:
+        stream = Stream(server, prompt="x", max_new_tokens=2000)
+        answers: list[httpx.Response] = []
+        other = threading.Thread(target=lambda: answers.append(server.generate(prompt="y", max_new_tokens=2000)))
+        other.start()
+        wait_for(lambda: len(stream.lines) > 3)
+        wait_for(lambda: server.metric("stet_requests_running") == 2)
+        began = time.monotonic()
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert time.monotonic() - began < 5
+        stream.thread.join(5)
+        other.join(5)
+        assert [event["finish_reason"] for event in stream.events() if "finish_reason" in event] == ["cancelled"]
+        assert stream.lines[-2] == "data: [DONE]"
+        output = answers[0].json()["outputs"][0]
+        assert (answers[0].status_code, output["finish_reason"]) == (200, "cancelled")
+        assert output["text"]
+
+
+def test_sigint_drains_too(tmp_path: Path) -> None:
+    with launched(tmp_path) as server:
+        server.generate(prompt="x", max_new_tokens=2)
+        server.signal(signal.SIGINT)
+        assert server.wait() == 0
+        assert "Traceback" not in server.stderr
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    with launched(tmp_path, step_seconds=0.05) as server:
+        stream = Stream(server, prompt="x", max_new_tokens=2000)
+        wait_for(lambda: len(stream.lines) > 3)
+        server.signal(signal.SIGTERM)
+        server.wait_for("/readyz", 503, 5)
+        began = time.monotonic()
+        server.signal(signal.SIGINT)
+        assert server.wait(5) == 128 + signal.SIGINT
+        assert time.monotonic() - began < 1
+
+
+def test_log_lines_are_json_and_hold_no_prompt(tmp_path: Path) -> None:
+    marker = "Xyzzy"
+    with launched(tmp_path, "--log-format", "json", mode="echo") as server:
+        answer = server.generate(prompt=marker, cache_salt=marker, ignore_eos=True, max_new_tokens=12)
+        assert marker in answer.text
+        server.generate(messages=[{"role": "user", "content": marker}], stream=True, max_new_tokens=5)
+        server.generate(**{marker: 1})
+        server.generate(prompt=marker, temperature=marker)
+        server.generate(prompt=[marker])
+        server.generate(prompt=marker * 5000)
+        server.generate(prompt="x", request_id='a\n{"event": "forged"}')
+        server.generate(prompt="x", max_new_tokens=1, request_id="mine")
+        httpx.get(f"{server.url}/{marker}", headers={"user-agent": marker, "authorization": f"Bearer {marker}"})
+        with Connection(server.port) as connection:
+            connection.send(post(f'{{"prompt": "{marker}'.encode()))
+            assert connection.answer().status == 400
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+        lines = [json.loads(line) for line in server.stderr.splitlines()]
+        assert marker not in server.stderr
+        assert "forged" not in server.stderr
+        requests = [line for line in lines if line["event"] == "request"]
+        assert [line["status"] for line in requests] == [200, 200, 400, 400, 400, 400, 400, 200, 404, 400]
+        for line in requests:
+            assert set(line) >= {"time", "level", "request", "method", "route", "status", "ms"}
+        assert requests[0]["finish_reasons"] == ["length"]
+        assert requests[0]["prompt_tokens"] > 0
+        assert requests[3]["params"] == ["temperature"]
+        assert requests[5]["outcome"] == "context_length_exceeded"
+        assert requests[7]["id"] == "mine"
