@@ -1,0 +1,637 @@
+"""The whole way from request to events, over a real child process: texts, ends, places, crashes, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+
+from server.engine.request import FinishReason
+from server.generation import Completed, GenerationRequest, Refusal, Started, TextDelta
+from server.service import ServiceSettings
+from server.supervisor import EngineFailed, Limits
+from tests.server.fake_engine import expected_tokens
+from tests.server.harness import Answer, Server, collect, ids_request, serving
+from tests.server.text import tokenizers as kinds
+
+TOKENIZER: Tokenizer = kinds.byte_level()
+VOCABULARY = 362
+EOS = 0  # "<|end|>"
+
+Test = Callable[[Server], Coroutine[Any, Any, None]]
+
+
+def run(folder: Path, test: Test, seconds: float = 30.0, **options: Any) -> None:
+    """Run a test against a service, then look whether anything is left of its requests."""
+
+    async def main() -> None:
+        async with asyncio.timeout(seconds), serving(folder, **options) as server:
+            await test(server)
+            assert server.is_clean()
+
+    asyncio.run(main())
+
+
+def encode(text: str) -> list[int]:
+    ids: list[int] = TOKENIZER.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def decode(ids: list[int]) -> str:
+    text: str = TOKENIZER.decode(ids)
+    return text
+
+
+# Text
+
+
+def first_stop(ids: list[int], stops: tuple[str, ...], include: bool, min_new: int = 0) -> tuple[str, str | None, int]:
+    """The text of ids up to their first stop string, that stop, and the tokens it took; by trying every prefix."""
+    for count in range(1, len(ids) + 1):
+        # What a prefix says for certain: an incomplete character at its end is not text yet.
+        text = decode(ids[:count])
+        certain = text if count == len(ids) else text.rstrip("\ufffd")
+        ends = [(certain.find(stop) + len(stop), -len(stop), stop) for stop in stops if stop in certain]
+        if ends and count >= min_new:
+            end, _, stop = min(ends)
+            return certain[: end if include else end - len(stop)], stop, count
+    return decode(ids), None, len(ids)
+
+
+WORDS = ["a", " the", "é", "你好", "🙂", "👩‍🚀", " STOP", "\n", "żó", "END", ".", "naïve", " stop string"]
+STOPS = [
+    "STOP",
+    "the",
+    "好",
+    "TOP",
+    "a.",
+    "N",
+    "a the",
+    "好🙂",
+    "\n\n",
+    "ENDEND",
+    ".a",
+    "é",
+    "🚀",
+    "żó.",
+    " stop st",
+    "zzz",
+]
+
+
+def random_request(rng: random.Random) -> tuple[list[int], GenerationRequest]:
+    ids = encode("".join(rng.choices(WORDS, k=rng.randint(1, 12))))
+    stops = tuple(rng.sample(STOPS, rng.choice([0, 1, 2, 3])))
+    return ids, ids_request(ids, max_new_tokens=1000, stop=stops, include_stop=rng.random() < 0.3)
+
+
+@pytest.mark.parametrize("faults", [{}, {"crash_after": 1500, "faulty_starts": 1}], ids=["undisturbed", "crash"])
+def test_the_deltas_of_500_random_requests_join_to_the_whole_text(tmp_path: Path, faults: dict[str, Any]) -> None:
+    rng = random.Random(20261123)
+    cases = [random_request(rng) for _ in range(500)]
+    # The cases do what they are for: characters cut across tokens, stops cut across tokens.
+    assert sum(decode(ids[:cut]).endswith("\ufffd") for ids, _ in cases for cut in range(len(ids))) > 500
+    assert sum(first_stop(ids, case.stop, False)[1] is not None for ids, case in cases) > 130
+
+    async def test(server: Server) -> None:
+        async def one(ids: list[int], request: GenerationRequest) -> None:
+            answer = await collect(server.service, request)
+            text, stop, count = first_stop(ids, request.stop, request.include_stop)
+            assert answer.text == text
+            assert answer.end.finish_reason is FinishReason.STOP
+            assert answer.completed is not None
+            if stop is None:
+                assert answer.end.stop_reason == EOS
+                assert answer.ids[0] == [*ids, EOS]
+                assert answer.completed.usage.completion_tokens == len(ids) + 1
+            else:
+                assert answer.end.stop_reason == stop
+                assert answer.ids[0] == ids[:count]
+                assert answer.completed.usage.completion_tokens == count
+
+        for start in range(0, 500, 125):
+            await asyncio.gather(*(one(*case) for case in cases[start : start + 125]))
+        await server.settled()
+        assert server.books.outcomes == {"stop": 500}
+        assert server.supervisor.restarts == (1 if faults else 0)
+
+    run(tmp_path, test, mode="echo", tokens_per_step=2, **faults)
+
+
+def test_started_comes_with_the_first_token_and_completed_last(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        ids = encode("Once upon")
+        request = ids_request(ids, max_new_tokens=50, seed=5, request_id="mine")
+        events = [event async for event in server.service.generate(request)]
+        assert events[0] == Started("mine", "fake", 5)
+        assert [event.token_ids for event in events if isinstance(event, TextDelta)] == [(i,) for i in [*ids, EOS]]
+        last = events[-1]
+        assert isinstance(last, Completed)
+        usage, timings = last.usage, last.timings
+        assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (
+            len(ids),
+            len(ids) + 1,
+            2 * len(ids) + 1,
+        )
+        assert 0 <= timings.queue_ms + timings.prefill_ms + timings.decode_ms <= timings.total_ms + 1e-6
+        assert server.books.inter_tokens == len(ids)
+
+    run(tmp_path, test, mode="echo", step_seconds=0.01)
+
+
+def test_defaults_are_the_models_and_seeds_are_drawn(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        sent: list[Any] = []
+        send = server.supervisor.send
+        server.supervisor.send = lambda message: sent.append(message) or send(message)  # type: ignore[assignment]
+        one = await collect(server.service, GenerationRequest(prompt="a"))
+        two = await collect(server.service, GenerationRequest(prompt="a"))
+        params = sent[0].params
+        assert (params.temperature, params.top_k, params.top_p, params.typical_p) == (0.5, 0, 1.0, 1.0)
+        assert params.max_new_tokens == 256
+        assert sent[0].prompt_token_ids == [0, *encode("a")]
+        assert one.started is not None
+        assert two.started is not None
+        assert 0 <= one.started.seed < 2**53
+        assert one.started.seed != two.started.seed
+        assert one.started.id != two.started.id
+        await collect(server.service, GenerationRequest(prompt="a", temperature=0.0, top_k=7, add_special_tokens=False))
+        assert (sent[2].params.temperature, sent[2].params.top_k) == (0.0, 7)
+        assert sent[2].prompt_token_ids == encode("a")
+        room = await collect(server.service, ids_request([5] * 4000))
+        assert room.completed is not None
+        assert room.completed.usage.completion_tokens == 96
+
+    run(tmp_path, test)
+
+
+def test_min_new_tokens_delays_stop_strings(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        ids = encode("xaxaxa")
+        assert len(ids) == 6
+        for least, text in ((0, "x"), (2, "x"), (3, "xax"), (5, "xaxax"), (7, "xaxaxa")):
+            request = ids_request(ids, max_new_tokens=20, min_new_tokens=least, stop=("a",), ignore_eos=least > 6)
+            answer = await collect(server.service, request)
+            assert answer.text == text
+            assert answer.completed is not None
+            assert answer.completed.usage.completion_tokens >= least
+        await server.settled()
+
+    run(tmp_path, test, mode="echo")
+
+
+def test_choices_end_one_by_one(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        prompt = list(range(10, 20))
+        answer = await collect(server.service, ids_request(prompt, n=3, max_new_tokens=40, seed=9))
+        for choice in range(3):
+            assert answer.ids[choice] == expected_tokens(prompt, 9, 40, choice, VOCABULARY)
+            assert answer.texts[choice] == decode(answer.ids[choice])
+        assert answer.completed is not None
+        assert answer.completed.usage.prompt_tokens == 10
+        assert answer.completed.usage.completion_tokens == 120
+        # A stop of one choice leaves the others alone.
+        stop = answer.texts[1][5:8]
+        again = await collect(server.service, ids_request(prompt, n=3, max_new_tokens=40, seed=9, stop=(stop,)))
+        assert again.texts[1] == answer.texts[1].split(stop)[0]
+        assert any(end is not None and end.finish_reason is FinishReason.STOP for end in again.ends)
+        await server.settled()
+        assert server.books.delivered == 120 + sum(map(len, again.ids))
+
+    run(tmp_path, test)
+
+
+def test_messages_and_tokenize(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        request = GenerationRequest(messages=({"role": "user", "content": "hi <|end|>"},), max_new_tokens=100)
+        ids = await server.service.tokenize(request)
+        assert ids.count(EOS) == 0
+        answer = await collect(server.service, request)
+        assert answer.completed is not None
+        assert answer.completed.usage.prompt_tokens == len(ids)
+        assert server.service.detokenize(encode("żó")) == "żó"
+
+    run(tmp_path, test, mode="echo")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (ids_request([5], max_new_tokens=100), "max_new_tokens"),
+        (ids_request([5], top_k=VOCABULARY + 1), "top_k"),
+        (ids_request([5, VOCABULARY]), "prompt_token_ids"),
+        (ids_request([-1]), "prompt_token_ids"),
+        (ids_request([5], stop_token_ids=(VOCABULARY,)), "stop_token_ids"),
+        (ids_request([5], logit_bias={VOCABULARY: 1.0}), "logit_bias"),
+        (GenerationRequest(messages=({"role": "pirate", "content": "x"},)), "messages[0].role"),
+    ],
+)
+def test_problems_that_need_no_tokens(tmp_path: Path, request_: GenerationRequest, param: str) -> None:
+    async def test(server: Server) -> None:
+        assert [problem.param for problem in server.service.problems(request_)] == [param]
+        with pytest.raises(Refusal) as caught:
+            await collect(server.service, request_)
+        assert caught.value.code == "invalid_request"
+        assert server.books.outcomes == {"invalid_request": 1}
+
+    run(tmp_path, test, max_model_len=100, vocab_size=VOCABULARY)
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "numbers"),
+    [
+        (ids_request([]), "invalid_request", ["empty"]),
+        (ids_request([5] * 99, max_new_tokens=2), "context_length_exceeded", ["99", "2", "100"]),
+        (ids_request([5] * 100), "context_length_exceeded", ["100"]),
+        (GenerationRequest(prompt="x" * 5000), "context_length_exceeded", ["5001", "100"]),
+        (ids_request([5] * 99, min_new_tokens=5), "invalid_request", ["1"]),
+        (GenerationRequest(messages=({"role": "user", "content": "x" * 9000},)), "context_length_exceeded", ["100"]),
+    ],
+)
+def test_problems_that_need_the_tokens(
+    tmp_path: Path, request_: GenerationRequest, code: str, numbers: list[str]
+) -> None:
+    async def test(server: Server) -> None:
+        assert server.service.problems(request_) == []
+        with pytest.raises(Refusal) as caught:
+            await collect(server.service, request_)
+        assert caught.value.code == code
+        assert all(number in caught.value.problems[0].message for number in numbers)
+        assert server.is_clean()
+
+    run(tmp_path, test, max_model_len=100)
+
+
+def test_the_cache_may_hold_less_than_the_model_allows(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        assert server.service.info()["context_length"] == 65
+        with pytest.raises(Refusal, match="65"):
+            await collect(server.service, ids_request([5] * 60, max_new_tokens=6))
+        await collect(server.service, ids_request([5] * 60, max_new_tokens=5))
+
+    run(tmp_path, test, num_blocks=4, block_size=16)
+
+
+def test_a_template_error_is_a_problem_of_the_messages(tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(TOKENIZER.to_str(), encoding="utf-8")
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}", encoding="utf-8")
+
+    async def test(server: Server) -> None:
+        with pytest.raises(Refusal, match="no system role") as caught:
+            await collect(server.service, GenerationRequest(messages=({"role": "user", "content": "x"},)))
+        assert caught.value.code == "invalid_request"
+        assert caught.value.problems[0].param == "messages"
+
+    run(tmp_path, test, model_path=str(folder))
+
+
+def test_reservation_is_atomic(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        most = 0
+
+        async def one(i: int) -> str:
+            nonlocal most
+            try:
+                async for _ in server.service.generate(GenerationRequest(prompt=f"{i}", max_new_tokens=5)):
+                    most = max(most, server.service.num_open)
+            except Refusal as refusal:
+                return refusal.code if refusal.retry_after is not None else "no Retry-After"
+            return "done"
+
+        outcomes = await asyncio.gather(*(one(i) for i in range(200)))
+        assert most == 10
+        assert outcomes.count("done") == 10
+        assert outcomes.count("queue_full") == 190
+        assert server.books.outcomes == {"length": 10, "queue_full": 190}
+        with pytest.raises(Refusal):
+            await collect(server.service, GenerationRequest(prompt="x", n=11))
+
+    run(tmp_path, test, max_running=4, settings=ServiceSettings(max_waiting=6), step_seconds=0.02)
+
+
+def test_retry_after_follows_the_drain_rate(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        service = server.service
+        assert service._retry_after(1) == 5
+        now = time.monotonic()
+        service._finished.extend([now - 19.5] + [now] * 4)
+        assert service._retry_after(1) == 4
+        assert service._retry_after(8) == 32
+        assert service._retry_after(64) == 60
+        service._finished.extend([now] * 1000)
+        assert service._retry_after(1) == 1
+
+    run(tmp_path, test)
+
+
+def test_while_loading_requests_are_refused(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        assert server.service.state == "loading"
+        assert server.service.info() == {"state": "loading", "version": "0.1.0", "engine": {"restarts": 0}}
+        for call in (collect(server.service, GenerationRequest(prompt="x")), server.service.tokenize(ids_request([1]))):
+            with pytest.raises(Refusal) as caught:
+                await call
+            assert (caught.value.code, caught.value.retry_after) == ("loading", 2)
+        with pytest.raises(Refusal):
+            server.service.detokenize([1])
+
+    run(tmp_path, test, wait=False, load_seconds=30.0)
+
+
+# Ends of the server
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "usage"),
+    [
+        ({"fail": "no such model", "fail_usage": True}, "no such model", True),
+        ({"crash_at_load": True}, "exited with code 3", False),
+        ({"model_path": "/nonexistent"}, "no tokenizer.json", True),
+    ],
+)
+def test_a_server_that_cannot_start_says_why(
+    tmp_path: Path, options: dict[str, Any], message: str, usage: bool
+) -> None:
+    async def test(server: Server) -> None:
+        with pytest.raises(EngineFailed, match=message) as caught:
+            await server.service.ready()
+        assert caught.value.usage == usage
+        assert server.service.state == "failed"
+        assert message in (server.service.failure or "")
+        with pytest.raises(Refusal) as refused:
+            await collect(server.service, GenerationRequest(prompt="x"))
+        assert refused.value.code == "engine_restarting"
+        assert message not in refused.value.problems[0].message
+
+    run(tmp_path, test, wait=False, **options)
+
+
+def test_drain_lets_requests_finish(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        task = asyncio.create_task(collect(server.service, ids_request([5], max_new_tokens=20)))
+        await asyncio.sleep(0.05)
+        draining = asyncio.create_task(server.service.drain(10.0))
+        await asyncio.sleep(0)
+        assert server.service.state == "draining"
+        with pytest.raises(Refusal) as caught:
+            await collect(server.service, ids_request([5]))
+        assert caught.value.code == "draining"
+        await draining
+        assert (await task).end.finish_reason is FinishReason.LENGTH
+
+    run(tmp_path, test, step_seconds=0.01)
+
+
+def test_drain_ends_the_rest(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        running = asyncio.create_task(collect(server.service, ids_request([5], max_new_tokens=4000)))
+        waiting = asyncio.create_task(collect(server.service, ids_request([6], max_new_tokens=4000)))
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await server.service.drain(0.1)
+        assert time.monotonic() - began < 0.9
+        answer = await running
+        assert answer.end.finish_reason is FinishReason.CANCELLED
+        assert answer.started is not None
+        assert answer.ids[0] == expected_tokens([5], answer.started.seed, len(answer.ids[0]), vocab_size=VOCABULARY)
+        with pytest.raises(Refusal) as caught:
+            await waiting
+        assert caught.value.code == "draining"
+        assert server.books.outcomes == {"cancelled": 1, "draining": 1}
+
+    run(tmp_path, test, step_seconds=0.01, max_running=1)
+
+
+# Crashes
+
+
+@pytest.mark.parametrize("fault", [{"crash_after": 300}, {"crash_after": 300, "crash_signal": 9}])
+def test_a_crash_changes_no_text(tmp_path: Path, fault: dict[str, Any]) -> None:
+    async def test(server: Server) -> None:
+        async def one(i: int) -> Answer:
+            prompt = [10 + i, 20]
+            answer = await collect(server.service, ids_request(prompt, seed=i, max_new_tokens=100))
+            assert answer.ids[0] == expected_tokens(prompt, i, 100, vocab_size=VOCABULARY)
+            assert answer.text == decode(answer.ids[0])
+            return answer
+
+        await asyncio.gather(*(one(i) for i in range(20)))
+        assert server.supervisor.restarts == 1
+        assert server.books.downs == 1
+        await server.settled()
+        assert server.books.delivered == 2000
+
+    run(tmp_path, test, faulty_starts=1, max_running=8, step_seconds=0.001, **fault)
+
+
+def test_new_requests_are_refused_while_the_engine_restarts(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        task = asyncio.create_task(collect(server.service, ids_request([5], max_new_tokens=50)))
+        while server.service.state == "ready":  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        assert server.service.state == "engine_restarting"
+        with pytest.raises(Refusal) as caught:
+            await collect(server.service, ids_request([5]))
+        assert caught.value.code == "engine_restarting"
+        assert caught.value.retry_after is not None
+        assert (await task).end.finish_reason is FinishReason.LENGTH
+        await server.service.ready()
+
+    run(tmp_path, test, faulty_starts=1, crash_after=20, step_seconds=0.002)
+
+
+@pytest.mark.parametrize("position", [0, 7])
+def test_a_poison_request_ends_alone(tmp_path: Path, position: int) -> None:
+    async def test(server: Server) -> None:
+        async def innocent(i: int) -> None:
+            prompt = [10 + i]
+            answer = await collect(server.service, ids_request(prompt, seed=i, max_new_tokens=60))
+            assert answer.ids[0] == expected_tokens(prompt, i, 60, vocab_size=VOCABULARY)
+
+        async def poison() -> None:
+            if position == 0:
+                with pytest.raises(Refusal, match="went down twice") as caught:
+                    await collect(server.service, ids_request([99], max_new_tokens=60))
+                assert caught.value.code == "internal"
+                return
+            answer = await collect(server.service, ids_request([99], max_new_tokens=60))
+            assert answer.end.finish_reason is FinishReason.ERROR
+            assert len(answer.ids[0]) == position
+            assert answer.end.error is not None
+
+        await asyncio.gather(*(innocent(i) for i in range(8)), poison(), *(innocent(i) for i in range(8, 12)))
+        assert server.supervisor.restarts == 2
+        assert server.books.outcomes == {"length": 12, "error": 1}
+        await server.settled()
+
+    run(tmp_path, test, poison_token=99, poison_position=position, step_seconds=0.002)
+
+
+def test_three_crashes_a_minute_end_everything_with_the_cause(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        requests = [ids_request([i + 1], max_new_tokens=1000) for i in range(4)]
+        answers = await asyncio.gather(*(collect(server.service, request) for request in requests))
+        assert all(answer.end.finish_reason is FinishReason.ERROR for answer in answers)
+        assert server.service.state == "failed"
+        assert "exited with code 3" in (server.service.failure or "")
+        with pytest.raises(EngineFailed):
+            await server.service.ready()
+        assert server.books.outcomes == {"error": 4}
+
+    run(tmp_path, test, crash_after=100, step_seconds=0.002)
+
+
+@pytest.mark.parametrize("fault", ["hang_after", "stop_after", "garbage_after"])
+def test_a_hang_is_a_crash(tmp_path: Path, fault: str) -> None:
+    async def test(server: Server) -> None:
+        answer = await collect(server.service, ids_request([5], seed=1, max_new_tokens=60))
+        assert answer.ids[0] == expected_tokens([5], 1, 60, vocab_size=VOCABULARY)
+        assert server.supervisor.restarts == 1
+
+    limits = Limits(tick=0.02, step=0.4, silence=0.4)
+    run(tmp_path, test, limits=limits, faulty_starts=1, **{fault: 20})
+
+
+# Readers
+
+
+def test_a_slow_reader_costs_no_memory_and_holds_nobody_up(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        prompt = [7]
+        answer = Answer()
+        slow = server.service.generate(ids_request(prompt, seed=3, max_new_tokens=4000))
+        answer.take(await anext(slow))
+        quick = await collect(server.service, ids_request([8], seed=3, max_new_tokens=4000))
+        assert quick.end.finish_reason is FinishReason.LENGTH
+        (job,) = server.service._jobs
+        assert job.mailbox is not None
+        assert len(job.mailbox._arrivals) <= 1
+        async for event in slow:
+            answer.take(event)
+        assert answer.ids[0] == expected_tokens(prompt, 3, 4000, vocab_size=VOCABULARY)
+        assert answer.text == decode(answer.ids[0])
+        assert len(answer.deltas) < 2000
+
+    run(tmp_path, test)
+
+
+async def cancelled(task: asyncio.Task[Any]) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+def test_a_reader_that_leaves_in_the_middle(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        for count in (1, 2, 5):
+            events = server.service.generate(ids_request([5], max_new_tokens=4000))
+            for _ in range(count):
+                await anext(events)
+            await events.aclose()
+            assert server.is_clean()
+        assert server.books.outcomes == {"cancelled": 3}
+        await asyncio.sleep(0.05)
+        assert server.books.balanced
+        assert server.books.discarded["abort"] > 0
+
+    run(tmp_path, test, step_seconds=0.002)
+
+
+def test_a_task_that_is_cancelled_in_every_phase(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        def begin(request: GenerationRequest) -> asyncio.Task[Answer]:
+            return asyncio.create_task(collect(server.service, request))
+
+        # Before it ran at all; while its text is tokenized in a thread; in the queue; in the middle of its tokens.
+        await cancelled(begin(ids_request([5])))
+        assert server.is_clean()
+        long = begin(GenerationRequest(prompt="lorem ipsum " * 20_000))
+        await asyncio.sleep(0)
+        assert server.service.num_open == 1
+        await cancelled(long)
+        assert server.is_clean()
+        running = begin(ids_request([5], max_new_tokens=4000))
+        queued = begin(ids_request([6], max_new_tokens=4000))
+        await asyncio.sleep(0.1)
+        assert server.service.num_open == 2
+        await cancelled(queued)
+        await cancelled(running)
+        assert server.is_clean()
+        assert server.books.outcomes == {"cancelled": 3}
+        # The engine has forgotten them as well.
+        answer = await collect(server.service, ids_request([7], max_new_tokens=5))
+        assert answer.completed is not None
+        assert answer.completed.timings.queue_ms < 200
+        await server.settled()
+
+    run(tmp_path, test, step_seconds=0.005, max_running=1)
+
+
+def test_cancellation_during_a_restart(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        tasks = [
+            asyncio.create_task(collect(server.service, ids_request([i + 5], seed=i, max_new_tokens=100)))
+            for i in range(6)
+        ]
+        while server.supervisor.restarts == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await cancelled(tasks[0])
+        await cancelled(tasks[3])
+        for i in (1, 2, 4, 5):
+            assert (await tasks[i]).ids[0] == expected_tokens([i + 5], i, 100, vocab_size=VOCABULARY)
+        assert server.books.outcomes == {"length": 4, "cancelled": 2}
+        await server.settled()
+
+    run(tmp_path, test, faulty_starts=1, crash_after=50, step_seconds=0.002)
+
+
+def test_the_books_balance_after_a_storm(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        rng = random.Random(5)
+
+        async def one(i: int) -> None:
+            await asyncio.sleep(rng.random() * 0.5)
+            request = ids_request([i % 300 + 1], seed=i, max_new_tokens=rng.randint(1, 80), stop=("e", "\n"))
+            events = server.service.generate(request)
+            leave_after = rng.choice([None, None, 0, 1, 10])
+            seen = 0
+            try:
+                async for _ in events:
+                    seen += 1
+                    if leave_after is not None and seen > leave_after:
+                        break
+                    if rng.random() < 0.05:
+                        await asyncio.sleep(0.02)
+            except Refusal as refusal:
+                assert refusal.code in ("engine_restarting", "queue_full")  # noqa: PT017
+            finally:
+                await events.aclose()
+
+        await asyncio.gather(*(one(i) for i in range(300)))
+        assert server.is_clean()
+        assert sum(server.books.outcomes.values()) == 300
+        assert server.books.outcomes["error"] == 0
+        await server.settled()
+
+    run(tmp_path, test, crash_after=1000, faulty_starts=1, step_seconds=0.001, tokens_per_step=2, max_running=16)
+
+
+def test_the_service_needs_neither_torch_nor_the_web() -> None:
+    code = (
+        "import sys, server.service\n"
+        "print(sorted({'torch', 'transformers', 'numpy', 'fastapi', 'pydantic', 'starlette'} & set(sys.modules)))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
