@@ -13,6 +13,8 @@ from kernels.ops import AttentionMetadata
 from kernels.reference import ReferenceOps
 from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, stored
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.2e-2}
 REFERENCE = ReferenceOps()
 
@@ -116,8 +118,10 @@ def test_attention(dtype: torch.dtype, layer: Layer, one_height: bool, monkeypat
             expected_plan = REFERENCE.plan(metadata)
             expected_query = REFERENCE.write_kv(*layer.split(packed), rotary, expected_cache, expected_plan)
             assert torch.equal(query, expected_query.to(dtype))
-            slots = torch.cat([s[len(s) - q :] for q, s in zip(expected_plan.query_lens, expected_plan.slots)])
-            written = torch.stack([expected_cache.keys.flatten(0, 1)[slots], expected_cache.values.flatten(0, 1)[slots]])
+            slots = torch.cat([s[len(s) - q :] for q, s in zip(metadata.query_lens, expected_plan.slots, strict=True)])
+            written = torch.stack(
+                [expected_cache.keys.flatten(0, 1)[slots], expected_cache.values.flatten(0, 1)[slots]]
+            )
             assert torch.equal(stored(cache, plan), written)
             expected = REFERENCE.paged_attention(
                 query, expected_cache, expected_plan, layer.head_dim**-0.5, layer.softcap
@@ -157,7 +161,9 @@ def test_float32_cache_under_bf16_activations() -> None:
 def test_long_work_is_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits give the same bits: pieces of sequences, heads and tiles, masks made anew for each."""
     layer, dtype = Layer(6, 2, 64, window=400), torch.float32
-    metadata = AttentionMetadata([500, 1, 1, 1], [500, 300, 300, 40], [list(range(s, s + 32)) for s in (0, 32, 64, 96)], 16)
+    metadata = AttentionMetadata(
+        [500, 1, 1, 1], [500, 300, 300, 40], [list(range(s, s + 32)) for s in (0, 32, 64, 96)], 16
+    )
     packed, rotary = layer.packed(503, dtype, seed=0), layer.rotary(512)
 
     def run() -> Tensor:

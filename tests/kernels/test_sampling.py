@@ -1,0 +1,316 @@
+"""Sampling: the distribution is that of transformers' processors, the arithmetic is DESIGN's integers, to the token."""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.cpu import CpuOps
+from kernels.ops import Ops, SamplingMetadata
+from kernels.philox import philox_4x32_10, random_31_bits
+from kernels.reference import ReferenceOps
+from kernels.sampling import draw, kept_weights, multiply_shift_ceil, multiply_shift_floor
+from tests.kernels.cases import random_sampling, sampling
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BACKENDS: list[Ops] = [ReferenceOps(), CpuOps()]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # known answers of the authors' Random123 library, kat_vectors
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_known_answers(counter: list[int], key: list[int], expected: list[int]) -> None:
+    words = [np.array([word], dtype=np.uint64) for word in (*key, *counter)]
+    result = philox_4x32_10((words[0], words[1]), (words[2], words[3], words[4], words[5]))
+    assert [int(word[0]) for word in result] == expected
+
+
+def test_random_bits_depend_on_every_part() -> None:
+    base = (1 << 40, 5, 1)
+    others = [(1 << 41, 5, 1), ((1 << 40) + 1, 5, 1), (1 << 40, 6, 1), (1 << 40, 5, 2)]
+    seeds, positions, choices = zip(base, *others, base, strict=True)
+    bits = random_31_bits(seeds, positions, choices).tolist()
+    assert len(set(bits)) == 5
+    assert bits[0] == bits[-1]
+    assert all(0 <= b < 1 << 31 for b in bits)
+
+
+def test_split_multiplication_is_exact() -> None:
+    rng = random.Random(0)
+    for _ in range(2000):
+        fraction, total = rng.randrange((1 << 31) + 1), rng.randrange(1 << rng.randrange(1, 55))
+        exact = Fraction(fraction * total, 1 << 31)
+        assert multiply_shift_floor(fraction, total) == math.floor(exact)
+        assert multiply_shift_ceil(fraction, total) == max(1, math.ceil(exact))
+
+
+def oracle(logits: list[float], m: SamplingMetadata, row: int, random_bits: int) -> int:
+    """The rule of kernels/sampling.py in plain Python integers and float64, token by token, without its code."""
+    x_of = {i: float(np.float32(x)) for i, x in enumerate(logits)}
+    with np.errstate(over="ignore"):
+        for r, token, bias in m.biases:
+            if r == row:
+                x_of[token] = float(np.float32(x_of[token]) + np.float32(bias))
+        if row in m.allowed:
+            x_of = {i: x if i in m.allowed[row] else -math.inf for i, x in x_of.items()}
+        prompt, output = m.prompt_tokens.get(row, []), m.output_tokens.get(row, [])
+        rep = np.float32(m.repetition_penalties[row])
+        for token in set(prompt) | set(output):
+            x = np.float32(x_of[token])
+            x_of[token] = float(x * rep if x < 0 else x / rep)
+        for token in set(output):
+            penalty = m.frequency_penalties[row] * list(output).count(token) + m.presence_penalties[row]
+            x_of[token] = float(np.float32(x_of[token]) - np.float32(penalty))
+    best = max(x_of.values())
+    if best == -math.inf:
+        return 0
+    if m.temperatures[row] == 0:
+        return min(i for i, x in x_of.items() if x == best)
+    x_of = {i: float(np.float32(x) / np.float32(m.temperatures[row])) for i, x in x_of.items()}
+    best = max(x_of.values())
+    w = {i: math.floor(float(np.exp(np.float64(x - best))) * 2.0**36) for i, x in x_of.items()}
+    if m.top_ks[row]:
+        kth = sorted(x_of.values(), reverse=True)[min(m.top_ks[row], len(x_of)) - 1]
+        w = {i: v for i, v in w.items() if x_of[i] >= kth}
+    if m.top_ps[row] < 1:
+        p = Fraction(round(m.top_ps[row] * 2**31), 2**31)
+        threshold = max(1, math.ceil(p * sum(w.values())))
+        w = {i: v for i, v in w.items() if sum(u for u in w.values() if u > v) < threshold}
+    w = {i: v for i, v in w.items() if v >= math.ceil(Fraction(m.min_ps[row]) * 2**36)}
+    if m.typical_ps[row] < 1:
+        total = sum(w.values())
+        q = {i: round((x_of[i] - best) * 2.0**22) for i, v in w.items() if v}
+        mean = round(float(sum(w[i] * q[i] for i in q)) / float(total))
+        p = Fraction(round(m.typical_ps[row] * 2**31), 2**31)
+        threshold = max(1, math.ceil(p * total))
+        far = {i: abs(q[i] - mean) for i in q}
+        w = {i: w[i] for i in q if sum(w[j] for j in q if far[j] < far[i]) < threshold}
+    target, cumulative = random_bits * sum(w.values()) >> 31, 0
+    for i in sorted(w):
+        cumulative += w[i]
+        if cumulative > target:
+            return i
+    raise AssertionError("no token drawn")
+
+
+def random_logits(rng: random.Random, rows: int, vocab: int) -> torch.Tensor:
+    """Smooth, bf16 (heavy with ties) or coarsely rounded logits."""
+    logits = torch.randn(rows, vocab) * rng.choice([0.1, 1.0, 4.0])
+    kind = rng.choice(["float32", "bf16", "coarse"])
+    if kind == "coarse":
+        return (logits * 2).round() / 2
+    return logits.bfloat16() if kind == "bf16" else logits
+
+
+def test_backends_pick_the_tokens_of_the_oracle() -> None:
+    rng, checked = random.Random(0), 0
+    for _ in range(150):
+        rows, vocab = rng.randint(1, 5), rng.choice([2, 17, 60])
+        logits, metadata = random_logits(rng, rows, vocab), random_sampling(rng, rows, vocab)
+        bits = random_31_bits(metadata.seeds, metadata.positions, metadata.choices).tolist()
+        expected = [oracle(logits[r].tolist(), metadata, r, bits[r]) for r in range(rows)]
+        for backend in BACKENDS:
+            assert backend.sample(logits, metadata).token_ids.tolist() == expected
+        checked += rows
+    assert checked > 300
+
+
+def test_backends_pick_the_same_tokens() -> None:
+    """Thousands of rows, vocabularies around the borders of the fast paths."""
+    rng, rows_seen = random.Random(1), 0
+    reference, cpu = BACKENDS
+    while rows_seen < 4000:
+        rows, vocab = rng.randint(1, 12), rng.choice([1, 5, 127, 128, 129, 700, 6500])
+        logits, metadata = random_logits(rng, rows, vocab), random_sampling(rng, rows, vocab)
+        expected, actual = reference.sample(logits, metadata), cpu.sample(logits, metadata)
+        assert torch.equal(actual.token_ids, expected.token_ids)
+        assert torch.equal(actual.finite, expected.finite)
+        rows_seen += rows
+
+
+def test_sums_beyond_exact_float64_still_agree() -> None:
+    """A flat row of 2^17 + 5 tokens: the sum of the weights exceeds 2^53."""
+    logits = torch.zeros(2, (1 << 17) + 5)
+    metadata = sampling(2, top_ps=[1.0, 0.7])
+    assert torch.equal(BACKENDS[0].sample(logits, metadata).token_ids, BACKENDS[1].sample(logits, metadata).token_ids)
+
+
+def test_distribution_is_that_of_transformers() -> None:
+    """1,000 cases: equal support away from borders, probabilities within 1e-6."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import (
+            MinPLogitsWarper,
+            RepetitionPenaltyLogitsProcessor,
+            TemperatureLogitsWarper,
+            TopKLogitsWarper,
+            TopPLogitsWarper,
+            TypicalLogitsWarper,
+        )
+    rng, on_border = random.Random(2), 0
+    for case in range(1000):
+        vocab = rng.choice([30, 200, 1000])
+        logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(case)) * rng.choice([0.5, 2.0, 5.0])
+        seen = [rng.randrange(vocab) for _ in range(6)]
+        temperature, repetition = rng.choice([0.4, 0.8, 1.0, 1.6]), rng.choice([1.0, 1.2, 0.7])
+        top_k, top_p = rng.choice([0, 1, 7, 40]), rng.choice([1.0, 0.95, 0.6, 0.1])
+        min_p, typical_p = rng.choice([0.0, 0.02, 0.3]), rng.choice([1.0, 1.0, 0.9, 0.3])
+        processors = [RepetitionPenaltyLogitsProcessor(repetition), TemperatureLogitsWarper(temperature)]
+        processors += [TopKLogitsWarper(top_k)] if top_k else []
+        processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        processors += [MinPLogitsWarper(min_p)] if min_p else []
+        processors += [TypicalLogitsWarper(typical_p)] if typical_p < 1 else []
+        scores = logits.clone()
+        for processor in processors:
+            scores = processor(torch.tensor([seen]), scores)
+        expected = scores.double().softmax(-1)[0].numpy()
+
+        metadata = sampling(
+            1,
+            temperatures=temperature,
+            repetition_penalties=repetition,
+            top_ks=top_k,
+            top_ps=top_p,
+            min_ps=min_p,
+            typical_ps=typical_p,
+            prompt_tokens={0: seen[:3]},
+            output_tokens={0: seen[3:]},
+        )
+        weights = kept_weights(logits[0].numpy(), metadata, 0)
+        actual = weights / weights.sum()
+        if not np.array_equal(actual > 0, expected > 0):
+            # A token may differ only where a float32 running sum cannot tell on which side of the border it lies;
+            # shown by a nudge of the thresholds by 3e-6, in one direction or the other.
+            nudged = []
+            for nudge in (-3e-6, 3e-6):
+                fields = {
+                    "top_ps": [min(1.0, max(0.0, top_p + nudge))] if top_p < 1 else [1.0],
+                    "typical_ps": [min(1.0, max(0.0, typical_p + nudge))] if typical_p < 1 else [1.0],
+                    "min_ps": [min_p * (1 + nudge)],
+                }
+                names = {name: getattr(metadata, name) for name in metadata.__slots__}
+                other = kept_weights(logits[0].numpy(), SamplingMetadata(**{**names, **fields}), 0)
+                nudged.append(np.array_equal(other > 0, expected > 0))
+            tiny = max(expected[(actual > 0) != (expected > 0)].max(), actual[(actual > 0) != (expected > 0)].max())
+            # A weight below 2^-36 of the largest is 0 here: a probability that no test of 1e-6 can see.
+            assert any(nudged) or tiny < 1e-9, f"case {case}: {top_k=} {top_p=} {min_p=} {typical_p=}"
+            on_border += tiny >= 1e-9
+            continue
+        assert np.abs(actual - expected).max() < 1e-6, f"case {case}"
+    assert on_border < 20
+
+
+def test_presence_and_frequency_penalties() -> None:
+    """A NumPy oracle: l - frequency * count - presence, over the output only, after the repetition penalty."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        logits = rng.normal(size=40).astype(np.float32)
+        output, prompt = rng.integers(0, 40, size=15), rng.integers(0, 40, size=15)
+        presence, frequency = rng.normal(size=2).round(2).tolist()
+        metadata = sampling(
+            1,
+            presence_penalties=presence,
+            frequency_penalties=frequency,
+            prompt_tokens={0: prompt.tolist()},
+            output_tokens={0: output.tolist()},
+        )
+        counts = np.bincount(output, minlength=40)
+        adjusted = logits.astype(np.float64) - frequency * counts - presence * (counts > 0)
+        expected = np.exp(adjusted - adjusted.max())
+        weights = kept_weights(logits, metadata, 0)
+        np.testing.assert_allclose(weights / weights.sum(), expected / expected.sum(), atol=1e-6)
+
+
+def chi_squared(counts: np.ndarray, probabilities: np.ndarray) -> tuple[float, float]:
+    """The statistic and its value that 1 of 10,000 fair samples exceeds (Wilson and Hilferty's approximation)."""
+    expected = probabilities * counts.sum()
+    freedom = len(counts) - 1
+    limit = freedom * (1 - 2 / (9 * freedom) + 3.719 * math.sqrt(2 / (9 * freedom))) ** 3
+    return float(((counts - expected) ** 2 / expected).sum()), limit
+
+
+@pytest.mark.parametrize("varied", ["seeds", "positions"])
+def test_100_000_draws_follow_the_distribution(varied: str) -> None:
+    logits = torch.randn(48) * 1.5
+    fields = {"temperatures": 0.9, "top_ks": 40, "top_ps": 0.97}
+    weights = kept_weights(logits.numpy(), sampling(1, **fields), 0)
+    support = np.flatnonzero(weights)
+    probabilities = weights[support] / weights.sum()
+    assert 20 < len(support) < 41
+    counts = np.zeros(48)
+    for start in range(0, 100_000, 10_000):
+        values = list(range(start, start + 10_000))
+        metadata = sampling(10_000, **fields, **{"seeds": 7, varied: values})
+        bits = random_31_bits(metadata.seeds, metadata.positions, metadata.choices).tolist()
+        counts += np.bincount([draw(weights, r) for r in bits], minlength=48)
+        if start == 0:  # the backend draws what this loop draws
+            few = sampling(300, **fields, **{"seeds": 7, varied: values[:300]})
+            tokens = BACKENDS[1].sample(logits.expand(300, -1), few).token_ids.tolist()
+            assert tokens == [draw(weights, r) for r in bits[:300]]
+    assert counts[support].sum() == counts.sum() == 100_000
+    statistic, limit = chi_squared(counts[support], probabilities)
+    assert statistic < limit
+    # The test can see: the distribution at a slightly different temperature would fail it.
+    warmer = kept_weights(logits.numpy(), sampling(1, **{**fields, "temperatures": 0.95, "top_ps": 1.0}), 0)[support]
+    statistic, limit = chi_squared(counts[support], warmer / warmer.sum())
+    assert statistic > limit
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_seed_gives_the_same_tokens_twice(backend: Ops) -> None:
+    logits = torch.randn(8, 500)
+    metadata = sampling(8, positions=[0, 1, 2, 3, 4, 5, 6, 7], seeds=42)
+    first = backend.sample(logits, metadata).token_ids
+    assert torch.equal(first, backend.sample(logits, metadata).token_ids)
+    other = backend.sample(logits, sampling(8, positions=[0, 1, 2, 3, 4, 5, 6, 7], seeds=43)).token_ids
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ends_of_the_rule(backend: Ops) -> None:
+    inf = float("inf")
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, -3.4e38, 3.4e38]]).repeat(9, 1)
+    logits[:5, 5] = 0.0
+    metadata = sampling(
+        9,
+        temperatures=[0.0, 0.0, 1.0, 1e-45, 1.0, 0.5, 1e-38, 1.0, 0.0],
+        top_ks=[0, 0, 1, 0, 1, 0, 0, 0, 0],
+        biases=[(1, 1, -inf), (2, 1, -inf), *((7, t, -inf) for t in range(6)), (8, 5, 3.4e38), (5, 0, 1.0)],
+        allowed={4: [0, 3]},
+    )
+    tokens = backend.sample(logits, metadata).token_ids.tolist()
+    # Greedy takes the lowest of equal ids; a temperature too small for float32 is 0; nothing allowed gives 0; what
+    # overflows is the largest float32.
+    assert tokens == [1, 2, 2, 1, 3, 5, 5, 0, 5]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_are_not_finite(backend: Ops) -> None:
+    logits = torch.zeros(4, 10, dtype=torch.bfloat16)
+    logits[0, 3], logits[1, 0], logits[2, 9] = float("nan"), float("inf"), float("-inf")
+    result = backend.sample(logits, sampling(4, top_ks=[0, 3, 0, 0], top_ps=0.9))
+    assert result.finite.tolist() == [False, False, False, True]
+    assert result.token_ids.dtype == torch.int64
+    assert all(0 <= token < 10 for token in result.token_ids.tolist())
+
+
+def test_ties_at_a_border_are_kept() -> None:
+    logits = np.array([2.0, 1.0, 1.0, 1.0, 0.0], dtype=np.float32)
+    assert np.count_nonzero(kept_weights(logits, sampling(1, top_ks=2), 0)) == 4
+    assert np.count_nonzero(kept_weights(logits, sampling(1, top_ps=0.5), 0)) == 4
+    assert np.count_nonzero(kept_weights(logits, sampling(1, min_ps=math.exp(-1) - 1e-9), 0)) == 4
