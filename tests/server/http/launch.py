@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Launched:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=30, trust_env=False, verify=False))
 
     @property
     def url(self) -> str:
@@ -44,10 +45,10 @@ class Launched:
         return self.log.read_text()
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=5)
+        return self.client.get(self.url + path)
 
     def generate(self, **body: Any) -> httpx.Response:
-        return httpx.post(self.url + "/generate", json=body, timeout=30)
+        return self.client.post(self.url + "/generate", json=body)
 
     def metric(self, name: str) -> float:
         """The value of one sample, as it is written in /metrics."""
@@ -96,5 +97,6 @@ def launched(folder: Path, *flags: str, ready: bool = True, **engine: Any) -> It
             server.wait_for("/readyz", 200)
         yield server
     finally:
+        server.client.close()
         process.send_signal(signal.SIGKILL)
         process.wait()
