@@ -113,14 +113,22 @@ class Job:
         """The events of what has arrived."""
         events: list[Event] = []
         for arrival in arrivals:
-            self._take_one(self._choices[arrival.index], arrival, arrival.token_ids, events, client)
+            choice = self._choices[arrival.index]
+            if arrival.token_ids:
+                self._note_times(choice, arrival)
+            if choice.matcher is None and arrival.finish_reason is None:
+                # Nearly all tokens take this way: every microsecond on it is paid once a token and stream.
+                token_ids = arrival.token_ids
+                choice.num_tokens += len(token_ids)
+                self._metrics.tokens_delivered(len(token_ids))
+                events.append(TextDelta(choice.index, choice.detokenizer.push(token_ids), tuple(token_ids)))
+            else:
+                self._take_with_care(choice, arrival, events, client)
         return events
 
-    def _take_one(
-        self, choice: Choice, arrival: Arrival, token_ids: list[int], events: list[Event], client: EngineClient
-    ) -> None:
-        if token_ids:
-            self._note_times(choice, arrival)
+    def _take_with_care(self, choice: Choice, arrival: Arrival, events: list[Event], client: EngineClient) -> None:
+        """Where the choice may end, by a stop string or by the engine."""
+        token_ids = arrival.token_ids
         reason, ending = arrival.finish_reason, arrival.stop_token_id
         # The token that ends a choice has no text of its own in the output.
         spoken = token_ids[:-1] if ending is not None else token_ids
@@ -161,16 +169,16 @@ class Job:
 
     def _note_times(self, choice: Choice, arrival: Arrival) -> None:
         count = len(arrival.token_ids)
-        if self._first_at is None:
-            self._first_at = arrival.first_at
-            self._metrics.first_token(arrival.first_at - self._began)
-        if self._first is None:
-            self._first = arrival.first
-        if choice.last_at is not None:
-            self._metrics.inter_token(arrival.last_at - choice.last_at, count)
-        elif count > 1:
-            self._metrics.inter_token(arrival.last_at - arrival.first_at, count - 1)
+        before = choice.last_at
         choice.last_at = self._last_at = arrival.last_at
+        if before is not None:
+            self._metrics.inter_token(arrival.last_at - before, count)
+            return
+        if self._first_at is None:
+            self._first_at, self._first = arrival.first_at, arrival.first
+            self._metrics.first_token(arrival.first_at - self._began)
+        if count > 1:
+            self._metrics.inter_token(arrival.last_at - arrival.first_at, count - 1)
 
     def usage(self) -> Usage:
         """Token counts of the whole request."""

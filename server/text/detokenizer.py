@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -29,7 +29,7 @@ _WINDOW = 6  # tokens of context for decoders of unknown kind
 class Detokenizer(Protocol):
     """The text of one choice, in pieces. Takes ids in order; unknown ids add nothing."""
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         """Text that these ids make certain; later ids cannot change it."""
         ...
 
@@ -51,17 +51,24 @@ def byte_level_alphabet() -> dict[str, int]:
 
 
 class ByteLevelDetokenizer:
-    """Bytes through an incremental UTF-8 decoder. Owns at most three pending bytes."""
+    """Bytes, decoded as UTF-8 as far as their characters are complete. Owns at most three pending bytes."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._pending = b""
 
-    def push(self, token_ids: Iterable[int]) -> str:
-        return self._decoder.decode(b"".join(map(self._token_bytes, token_ids)))
+    def push(self, token_ids: Sequence[int]) -> str:
+        # Once a token and stream: nearly all of them are whole characters, and come alone.
+        data = self._token_bytes(token_ids[0]) if len(token_ids) == 1 else b"".join(map(self._token_bytes, token_ids))
+        if self._pending:
+            data = self._pending + data
+        text, consumed = codecs.utf_8_decode(data, "replace", False)
+        self._pending = data[consumed:]
+        return text
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", True)
+        pending, self._pending = self._pending, b""
+        return pending.decode("utf-8", "replace")
 
 
 class ByteFallbackDetokenizer:
@@ -72,7 +79,7 @@ class ByteFallbackDetokenizer:
         self._strip, self._left_to_strip = strip
         self._run = bytearray()
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         text = ""
         for token_id in token_ids:
             piece = self._token_piece(token_id)
@@ -114,7 +121,7 @@ class MetaspaceDetokenizer:
         self._replacement = replacement
         self._strip_next = strip_first
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         text = ""
         for token_id in token_ids:
             token = self._token_text(token_id)
@@ -140,7 +147,7 @@ class WindowDetokenizer:
         self._ids: list[int] = []
         self._emitted = 0  # tokens of the window whose text is out
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         return self._advance(list(token_ids), wait=True)
 
     def flush(self) -> str:

@@ -151,7 +151,12 @@ def test_defaults_are_the_models_and_seeds_are_drawn(tmp_path: Path) -> None:
     async def test(server: Server) -> None:
         sent: list[Any] = []
         send = server.supervisor.send
-        server.supervisor.send = lambda message: sent.append(message) or send(message)  # type: ignore[assignment]
+
+        def record(message: Any) -> bool:
+            sent.append(message)
+            return send(message)
+
+        server.supervisor.send = record  # type: ignore[method-assign]
         one = await collect(server.service, GenerationRequest(prompt="a"))
         two = await collect(server.service, GenerationRequest(prompt="a"))
         params = sent[0].params

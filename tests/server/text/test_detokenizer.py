@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -30,6 +29,12 @@ EXACT: dict[str, tuple[Tokenizer, type]] = {
 FACTORIES = {
     name: detokenizer_factory(tokenizer, kinds.decoder_of(tokenizer)) for name, (tokenizer, _) in EXACT.items()
 }
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    token_id = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
 
 
 def pieces_of(ids: list[int], cuts: list[int]) -> list[list[int]]:
@@ -79,7 +84,7 @@ def test_a_cut_character_waits_for_its_rest_only() -> None:
 
 def test_a_bad_byte_spoils_its_run_of_byte_tokens_as_in_the_library() -> None:
     tokenizer = EXACT["byte_fallback"][0]
-    ids = [tokenizer.token_to_id(token) for token in ("<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>", "a")]
+    ids = [id_of(tokenizer, token) for token in ("<0xE4>", "<0xBD>", "<0xA0>", "<0xFF>", "a")]
     detokenizer = FACTORIES["byte_fallback"](True, False)
     assert [detokenizer.push([token_id]) for token_id in ids] == ["", "", "", "", "\ufffd\ufffd\ufffd\ufffda"]
     assert tokenizer.decode(ids) == "\ufffd\ufffd\ufffd\ufffda"
@@ -88,7 +93,7 @@ def test_a_bad_byte_spoils_its_run_of_byte_tokens_as_in_the_library() -> None:
 @pytest.mark.parametrize("name", ["byte_fallback", "metaspace"])
 def test_a_leading_space_stays_when_text_precedes(name: str) -> None:
     tokenizer = EXACT[name][0]
-    ids = [tokenizer.token_to_id("▁hello"), tokenizer.token_to_id("▁a")]
+    ids = [id_of(tokenizer, "▁hello"), id_of(tokenizer, "▁a")]
     alone, after = FACTORIES[name](True, False), FACTORIES[name](True, True)
     assert alone.push(ids) + alone.flush() == "hello a"
     assert after.push(ids) + after.flush() == " hello a"
@@ -114,9 +119,9 @@ def test_a_tokenizer_without_decoder_works() -> None:
 def test_the_cost_of_a_token_does_not_grow(name: str) -> None:
     tokenizer = EXACT[name][0]
 
-    def seconds(count: int, make: Callable[[], object] = lambda: FACTORIES[name](True, False)) -> float:
+    def seconds(count: int) -> float:
         detokenizer = FACTORIES[name](True, False)
-        ids = [tokenizer.token_to_id("a" if name == "byte_level" else "▁a")] * count
+        ids = [id_of(tokenizer, "a" if name == "byte_level" else "▁a")] * count
         began = time.perf_counter()
         for token_id in ids:
             detokenizer.push((token_id,))
