@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -178,12 +177,12 @@ def _identity(config: EngineConfig, ops: Ops, model: DecoderModel, path: Path) -
         model=config.model,
         architecture=model.config.architecture,
         weights_hash=weights_hash(path),
-        num_parameters=sum(math.prod(slot.shape) for slot in model.slots().values()),
+        num_parameters=model.config.num_parameters,
         dtype=dtype,
         kv_cache_dtype=dtype,
         quantization="none",
         device=f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         threads=torch.get_num_threads(),
-        versions={"stet": VERSION, "torch": torch.__version__, "python": platform.python_version()},
+        versions={"stet": VERSION, "torch": str(torch.__version__), "python": platform.python_version()},
     )
