@@ -59,25 +59,29 @@ def check_books(
         for planned in flight.plan.requests:
             if planned.request.status is not RequestStatus.FINISHED:
                 steps.setdefault(planned.request.request_id, []).append(flight.plan.step_id)
-            if any(pool.ref_count(block_id) == 0 for block_id in planned.block_ids):
+            if 0 in map(pool.ref_count, planned.block_ids):
                 raise IntegrityError(f"step {flight.plan.step_id} is in flight and its blocks are free")
 
-    places = [id(entry.request) for entry in running] + [id(request) for request in queue]
-    places += [id(e.request) for f in flights for e in f.requeue if e.request.status is not RequestStatus.FINISHED]
-    if sorted(places) != sorted(id(entry.request) for entry in entries.values()):
+    places = [entry.request for entry in running] + list(queue)
+    places += [e.request for f in flights for e in f.requeue if e.request.status is not RequestStatus.FINISHED]
+    if sorted(map(id, places)) != sorted(id(entry.request) for entry in entries.values()):
         raise IntegrityError("an open request is nowhere, or in two places")
+    if sum(request.status is RequestStatus.RUNNING for request in places[: len(running)]) != len(running):
+        raise IntegrityError("a request among the running ones does not run")
 
     for request_id, entry in entries.items():
         request = entry.request
-        name = f"request {request_id} ({request.status})"
-        if (entry in running) != (request.status is RequestStatus.RUNNING):
-            raise IntegrityError(f"{name} is in the wrong place")
+        num_tokens, num_computed = request.num_tokens, request.num_computed_tokens
         if entry.steps != steps.get(request_id, []):
-            raise IntegrityError(f"{name} takes part in steps {steps.get(request_id, [])}, noted are {entry.steps}")
-        if request.num_known_tokens >= entry.limit or request.num_tokens > entry.limit:
-            raise IntegrityError(f"{name} has {request.num_tokens} tokens, its limit is {entry.limit}")
+            raise _error(entry, f"takes part in steps {steps.get(request_id, [])}, noted are {entry.steps}")
+        if num_tokens > entry.limit or num_tokens - request.num_inflight_samples >= entry.limit:
+            raise _error(entry, f"has {num_tokens} tokens, its limit is {entry.limit}")
         if request.status is RequestStatus.WAITING:
-            if request.block_ids or request.num_computed_tokens:
-                raise IntegrityError(f"{name} waits and holds blocks")
-        elif not entry.num_confirmed <= request.num_computed_tokens <= len(request.block_ids) * pool.block_size:
-            raise IntegrityError(f"{name} has computed more than its blocks hold")
+            if request.block_ids or num_computed:
+                raise _error(entry, "waits and holds blocks")
+        elif not entry.num_confirmed <= num_computed <= len(request.block_ids) * pool.block_size:
+            raise _error(entry, "has computed more than its blocks hold")
+
+
+def _error(entry: Entry, what: str) -> IntegrityError:
+    return IntegrityError(f"request {entry.request.request_id} ({entry.request.status}) {what}")
