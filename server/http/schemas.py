@@ -25,6 +25,8 @@ from pydantic.fields import FieldInfo
 from server.generation import GenerationRequest, Problem
 
 MAX_SEED = 2**63 - 1
+# The engine divides logits by a penalty in float32: what is less than this normal number would be 0 there.
+SMALLEST_FLOAT32 = 2.0**-126
 _MAX_UNKNOWN = 16
 _MAX_NAME_CHARS = 64
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
@@ -94,7 +96,7 @@ class GenerateBody(BaseModel):
         "a number above 0, up to 10",
         "1 is off; counts prompt and output",
         shown="the model's, else 1",
-        gt=0,
+        ge=SMALLEST_FLOAT32,
         le=10,
         allow_inf_nan=False,
     )

@@ -59,7 +59,7 @@ TABLE: dict[str, tuple[list[Any], list[Any]]] = {
     "top_p": ([1e-9, 0.5, 1, 1.0], [0, 0.0, -0.1, 1.001, *NUMBERS]),
     "typical_p": ([1e-9, 0.5, 1, 1.0], [0, 0.0, -0.1, 1.001, *NUMBERS]),
     "min_p": ([0, 0.5, 1], [-0.001, 1.001, *NUMBERS]),
-    "repetition_penalty": ([1e-9, 1, 10, 10.0], [0, -1, 10.001, *NUMBERS]),
+    "repetition_penalty": ([1e-37, 1, 10, 10.0], [0, -1, 1e-39, 10.001, *NUMBERS]),
     "presence_penalty": ([-2, 0, 2, 2.0], [-2.001, 2.001, *NUMBERS]),
     "frequency_penalty": ([-2, 0, 2, 2.0], [-2.001, 2.001, *NUMBERS]),
     "logit_bias": (
