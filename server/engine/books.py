@@ -1,4 +1,4 @@
-"""What the scheduler keeps about requests and plans beside themselves, and the check that it all balances."""
+"""What the scheduler keeps about requests and plans beside themselves, and the checks that it all balances."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from server.engine.block_pool import BlockKey, BlockPool, IntegrityError
 from server.engine.fair_queue import FairQueue, Rank
-from server.engine.plan import StepCounters, StepPlan
+from server.engine.plan import PlannedRequest, RowResult, StepCounters, StepPlan, StepResult
 from server.engine.request import Request, RequestStatus
 
 
@@ -42,6 +42,33 @@ class Flight:
     counters: StepCounters
     release: list[list[int]] = field(default_factory=list)
     requeue: list[Entry] = field(default_factory=list)
+
+
+def check_result(plan: StepPlan | None, result: StepResult) -> None:
+    """ValueError unless this is a result of this plan, the oldest in flight."""
+    if plan is None or result.step_id != plan.step_id:
+        due = "no step is in flight" if plan is None else f"that of step {plan.step_id} is due"
+        raise ValueError(f"a result of step {result.step_id}, and {due}")
+    if len(result.rows) != len(plan.requests):
+        raise ValueError(f"step {plan.step_id} has {len(plan.requests)} requests, not {len(result.rows)}")
+    for planned, row in zip(plan.requests, result.rows, strict=True):
+        if row.request_id != planned.request.request_id:
+            raise ValueError(f"step {plan.step_id}: a row of request {row.request_id}, out of order")
+        if bool(row.token_ids) != (planned.samples and row.error is None):
+            raise ValueError(f"step {plan.step_id}: {len(row.token_ids)} tokens for request {row.request_id}")
+
+
+def count_row(counters: StepCounters, planned: PlannedRequest, row: RowResult) -> None:
+    """Count what a row has computed, and move its request's high-water mark."""
+    request, start = planned.request, planned.start
+    end, high_water = start + planned.num_new_tokens, request.computed_high_water
+    counters.sampled_tokens += len(row.token_ids)
+    if start < high_water or start < len(request.prompt_token_ids):
+        first_new = max(start, min(end, high_water))
+        counters.recomputed_tokens += first_new - start
+        counters.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - first_new)
+    if end > high_water:
+        request.computed_high_water = end
 
 
 def check_books(

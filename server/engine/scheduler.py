@@ -19,10 +19,10 @@ from collections.abc import Iterator, Sequence
 
 from server.engine.admission import AdmissionError, token_limit
 from server.engine.block_pool import BlockKey, BlockPool, Digest, IntegrityError, sha256
-from server.engine.books import Entry, Flight, check_books
+from server.engine.books import Entry, Flight, check_books, check_result, count_row
 from server.engine.config import SchedulerConfig
 from server.engine.fair_queue import FairQueue
-from server.engine.plan import PlannedRequest, RequestOutput, RowResult, StepCounters, StepPlan, StepResult
+from server.engine.plan import PlannedRequest, RequestOutput, StepCounters, StepPlan, StepResult
 from server.engine.request import FinishReason, Request, RequestStatus
 
 __all__ = ["AdmissionError", "Scheduler", "StepCounters"]
@@ -123,7 +123,7 @@ class Scheduler:
     def fail(self, request_id: int, error: str) -> RequestOutput | None:
         """End a request with ERROR, for a reason that the runner has found; None if it is not open.
 
-        Nothing it has read or written is found again in the cache.
+        What its blocks hold is not found again in the cache: it may be the cause.
         """
         entry = self._entries.get(request_id)
         if entry is None:
@@ -204,8 +204,9 @@ class Scheduler:
 
     def _plan(self, entry: Entry, start: int, end: int) -> PlannedRequest:
         request = entry.request
-        num_known, num_inflight = request.num_known_tokens, request.num_inflight_samples
-        samples = end == num_known + num_inflight
+        num_known = request.num_known_tokens
+        num_tokens = num_known + request.num_inflight_samples
+        samples = end == num_tokens
         request.num_computed_tokens = end
         request.num_inflight_samples += samples
         entry.steps.append(self._next_step_id)
@@ -215,7 +216,7 @@ class Scheduler:
             num_new_tokens=end - start,
             block_ids=tuple(request.block_ids[: self.pool.blocks_for(end)]),
             samples=samples,
-            output_index=num_known + num_inflight - len(request.prompt_token_ids),
+            output_index=num_tokens - len(request.prompt_token_ids),
             num_inflight=max(0, end - num_known),
         )
 
@@ -282,13 +283,13 @@ class Scheduler:
 
         Raises ValueError, and changes nothing, when the result is not that plan's.
         """
-        flight = self._check_result(result)
-        self._flights.popleft()
+        check_result(self._flights[0].plan if self._flights else None, result)
+        flight = self._flights.popleft()
         counters = self.last_step = flight.counters
         outputs = []
         for planned, row in zip(flight.plan.requests, result.rows, strict=True):
             request = planned.request
-            self._count(counters, planned, row)
+            count_row(counters, planned, row)
             if request.status is RequestStatus.FINISHED:
                 counters.pipeline_discarded_tokens += len(row.token_ids)
                 continue
@@ -310,45 +311,18 @@ class Scheduler:
         self._land(flight)
         return outputs
 
-    def _check_result(self, result: StepResult) -> Flight:
-        if not self._flights:
-            raise ValueError(f"a result of step {result.step_id}, and no step is in flight")
-        flight = self._flights[0]
-        plan = flight.plan
-        if result.step_id != plan.step_id:
-            raise ValueError(f"a result of step {result.step_id} where that of step {plan.step_id} is due")
-        if [row.request_id for row in result.rows] != [planned.request.request_id for planned in plan.requests]:
-            raise ValueError(f"the rows of step {result.step_id} are not those of its plan")
-        for planned, row in zip(plan.requests, result.rows, strict=True):
-            if bool(row.token_ids) != (planned.samples and row.error is None):
-                raise ValueError(f"step {result.step_id}: {len(row.token_ids)} tokens for request {row.request_id}")
-        return flight
-
-    def _count(self, counters: StepCounters, planned: PlannedRequest, row: RowResult) -> None:
-        request, start = planned.request, planned.start
-        end = start + planned.num_new_tokens
-        counters.sampled_tokens += len(row.token_ids)
-        if start < request.computed_high_water or start < request.num_prompt_tokens:
-            first_new = max(start, min(end, request.computed_high_water))
-            counters.recomputed_tokens += first_new - start
-            counters.prompt_tokens += max(0, min(end, request.num_prompt_tokens) - first_new)
-        request.computed_high_water = max(end, request.computed_high_water)
-
     def _take_tokens(self, entry: Entry, token_ids: tuple[int, ...]) -> RequestOutput:
         """Append the tokens drawn, up to the one that ends the request, if one does."""
         request, params, eos_token_ids = entry.request, entry.request.params, self.config.eos_token_ids
         for num_taken, token_id in enumerate(token_ids, start=1):
             request.output_token_ids.append(token_id)
-            reason = None
             ends = token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos)
             if ends and len(request.output_token_ids) > params.min_new_tokens:
-                reason = FinishReason.STOP
-            if reason is None and request.num_known_tokens >= entry.limit:
-                reason = FinishReason.LENGTH
-            if reason is not None:
                 self._finish(entry)
-                stop_token_id = token_id if reason is FinishReason.STOP else None
-                return RequestOutput(request, token_ids[:num_taken], reason, stop_token_id)
+                return RequestOutput(request, token_ids[:num_taken], FinishReason.STOP, stop_token_id=token_id)
+            if request.num_known_tokens >= entry.limit:
+                self._finish(entry)
+                return RequestOutput(request, token_ids[:num_taken], FinishReason.LENGTH)
         return RequestOutput(request, token_ids)
 
     def rollback(self, step_id: int) -> None:
