@@ -88,6 +88,7 @@ class Service:
         self._executor = ThreadPoolExecutor(self._settings.tokenizer_threads, thread_name_prefix="tokenizer")
         self._preparation: asyncio.Task[None] | None = None
         self._text: ModelText | None = None
+        self._model = ""
         self._failure: EngineFailed | None = None
         self._draining = False
         self._places_taken = 0
@@ -132,6 +133,7 @@ class Service:
         try:
             ready = await self._supervisor.wait_ready()
             loop = asyncio.get_running_loop()
+            self._model = await loop.run_in_executor(self._executor, _public_name, ready.identity.model)
             self._text = await loop.run_in_executor(self._executor, ModelText.load, Path(ready.model_path))
         except EngineFailed as error:
             self._failure = error
@@ -176,10 +178,10 @@ class Service:
         """Identity, limits, defaults and state: the body of /info. Holds no path."""
         ready = self._supervisor.ready
         known: dict[str, Any] = {"state": self.state, "version": VERSION}
-        if ready is not None:
+        if ready is not None and self._model:
             identity = ready.identity
-            known["model"] = identity.model
-            known["identity"] = dataclasses.asdict(identity)
+            known["model"] = self._model
+            known["identity"] = {**dataclasses.asdict(identity), "model": self._model}
             known["context_length"] = self._context(ready)
             known["vocabulary"] = ready.vocab_size
             known["limits"] = {
@@ -288,7 +290,7 @@ class Service:
                         raise self._lost_before_start(job)
                     started = True
                     request_id = request.request_id or f"gen-{self._id_prefix}{next(self._ids):06x}"
-                    yield Started(request_id, ready.identity.model, params.seed)
+                    yield Started(request_id, self._model, params.seed)
                 for event in events:
                     yield event
             yield Completed(params.seed, job.usage(), job.timings(self._clock()))
@@ -448,6 +450,12 @@ class Service:
             prompt_tokens=job.prompt_tokens if job is not None else 0,
             generated_tokens=job.num_tokens if job is not None else 0,
         )
+
+
+def _public_name(model: str) -> str:
+    """What a model is called in answers: its Hub id or own name, or the last part of its path; no path."""
+    path = Path(model)
+    return path.resolve().name if path.is_absolute() or path.is_dir() else model
 
 
 def _content_size(message: dict[str, Any]) -> int:

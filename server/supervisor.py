@@ -139,8 +139,8 @@ class Supervisor:
         loading -> warmup -> ready -> restarting -> ready …      any -> failed, any -> stopped
 
     A crash is an end of the socket or of the process that nobody asked for; a hang is made a crash with SIGKILL. The
-    engine is started again at once, unless its last crashes came within `limits.window` seconds of service: time in
-    which no engine was ready does not count, so an engine that cannot even start is given up however slowly it fails.
+    engine is started again at once, unless its last `limits.crashes` crashes came within `limits.window` seconds, or
+    none of its last so many processes became ready, however slowly they failed.
     """
 
     def __init__(
@@ -172,8 +172,7 @@ class Supervisor:
         self._waiters: list[asyncio.Future[None]] = []
         self._stopping = False
         self._crash_times: deque[float] = deque(maxlen=self._limits.crashes)
-        self._served = 0.0  # seconds of service of earlier engines
-        self._ready_since: float | None = None
+        self._failed_starts = 0  # processes in a row, this one included, that have not been ready
 
     @property
     def pid(self) -> int | None:
@@ -192,6 +191,7 @@ class Supervisor:
         """
         if self._process is None:
             self._process = spawn_engine(self._config, self._command)
+        self._failed_starts = 1
         self._task = asyncio.create_task(self._run(self._process), name="engine-supervisor")
 
     async def wait_ready(self) -> Ready:
@@ -234,18 +234,18 @@ class Supervisor:
                 cause = await self._watch(process)
                 if self._stopping:
                     break
-                now = self._service_time()
-                self._crash_times.append(now)
+                self._crash_times.append(self._clock())
                 if self.failed_usage:
                     self._give_up(cause)
                     break
-                crashes = self._limits.crashes
-                if len(self._crash_times) == crashes and now - self._crash_times[0] < self._limits.window:
-                    self._give_up(f"the engine ended {crashes} times in short order; the last time: {cause}")
+                if self._crashes_too_often():
+                    times = self._limits.crashes
+                    self._give_up(f"the engine ended {times} times in short order; the last time: {cause}")
                     break
                 logger.error("%s; starting it again", cause)
                 self.restarts += 1
                 self._metrics.engine_restarted()
+                self._failed_starts += 1
                 process = self._process = spawn_engine(self._config, self._command)
         except OSError as error:
             self._give_up(f"the engine process cannot be started: {error.strerror or error}")
@@ -254,6 +254,11 @@ class Supervisor:
             self._give_up(f"the supervisor failed: {type(error).__name__}")
         finally:
             self._kill()
+
+    def _crashes_too_often(self) -> bool:
+        times, limits = self._crash_times, self._limits
+        in_short_order = len(times) == limits.crashes and times[-1] - times[0] < limits.window
+        return in_short_order or self._failed_starts >= limits.crashes
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -301,9 +306,6 @@ class Supervisor:
         if self._connection is None:
             return
         self._connection = None
-        if self._ready_since is not None:
-            self._served += self._clock() - self._ready_since
-            self._ready_since = None
         if not self._stopping:
             self._enter("restarting" if self.ready is not None else "loading")
         self._metrics.engine_down()
@@ -357,7 +359,7 @@ class Supervisor:
             connection.fault = "the restarted engine is not the one before: model or machine have changed meanwhile"
             return
         self.ready = ready
-        self._ready_since = self._clock()
+        self._failed_starts = 0
         self._metrics.engine_ready(ready)
         self._enter("ready")
         if self.listener is not None:
@@ -366,9 +368,6 @@ class Supervisor:
     def _writable_again(self) -> None:
         if self.listener is not None:
             self.listener.engine_writable()
-
-    def _service_time(self) -> float:
-        return self._served + (self._clock() - self._ready_since if self._ready_since is not None else 0.0)
 
     def _enter(self, state: State) -> None:
         self.state = state

@@ -14,7 +14,7 @@ class Limits:
     step, step_factor  a step hangs after max(step, step_factor x its predicted duration)
     load, warmup       without any progress in that phase; a download of a large model reports progress
     silence            without a heartbeat, once it has beaten; start_silence until the first one
-    crashes, window    so many crashes within so much time of service, and the engine is given up
+    crashes, window    so many crashes within so much time, and the engine is given up
     tick               how often all this is looked at
     stop               how long a stopping engine may take before it is killed
     """

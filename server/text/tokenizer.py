@@ -44,10 +44,8 @@ class ModelText:
         """tokenizer_json is the file's text, `config` that of tokenizer_config.json. Raises ModelTextError."""
         config = config or {}
         spec = _object("tokenizer.json", tokenizer_json)
-        # Padding and truncation are the trainer's leftovers: nothing here is padded, or truncated unasked.
-        spec["padding"] = spec["truncation"] = None
-        self._tokenizer = _tokenizer(spec)
-        self._plain, self._plain_inner = _plain_tokenizers(spec)
+        self._tokenizer = _tokenizer(tokenizer_json)
+        self._plain, self._plain_inner = _plain_tokenizers(tokenizer_json, spec)
         self._detokenizers = detokenizer_factory(self._tokenizer, spec.get("decoder"))
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
@@ -178,24 +176,28 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _tokenizer(spec: Mapping[str, Any]) -> Tokenizer:
+def _tokenizer(tokenizer_json: str) -> Tokenizer:
     try:
-        return Tokenizer.from_str(json.dumps(spec))
+        tokenizer = Tokenizer.from_str(tokenizer_json)
     except Exception as error:  # the library raises plain Exception
         raise ModelTextError(f"tokenizer.json cannot be used: {' '.join(str(error).split())[:200]}") from error
+    # The trainer's leftovers: nothing here is padded, or truncated unasked.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
-def _plain_tokenizers(spec: Mapping[str, Any]) -> tuple[Tokenizer, Tokenizer]:
+def _plain_tokenizers(tokenizer_json: str, spec: Mapping[str, Any]) -> tuple[Tokenizer, Tokenizer]:
     """Two tokenizers to which special tokens are plain text: for the begin of a text, and for what comes later in it.
 
     They differ where the model puts a space in front of a text but not in front of each piece between special tokens.
     """
-    first = _tokenizer(spec)
+    first = _tokenizer(tokenizer_json)
     first.encode_special_tokens = True
     inner_spec = _with_prepend_never(spec)
     if inner_spec == spec:
         return first, first
-    inner = _tokenizer(inner_spec)
+    inner = _tokenizer(json.dumps(inner_spec))
     inner.encode_special_tokens = True
     return first, inner
 

@@ -227,6 +227,17 @@ def test_messages_and_tokenize(tmp_path: Path) -> None:
     run(tmp_path, test, mode="echo")
 
 
+def test_answers_hold_no_path(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        answer = await collect(server.service, ids_request([5], max_new_tokens=1))
+        assert answer.started is not None
+        info = server.service.info()
+        assert answer.started.model == info["model"] == info["identity"]["model"] == "model"
+        assert str(tmp_path) not in str(info)
+
+    run(tmp_path, test, model=str(tmp_path / "model"))
+
+
 # Refusals
 
 

@@ -213,6 +213,15 @@ def test_crashes_far_apart_are_forgiven() -> None:
     run(test, Limits(tick=0.02, window=0.2))
 
 
+def test_an_engine_that_never_becomes_ready_is_given_up_however_slowly_it_fails() -> None:
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        with pytest.raises(EngineFailed, match="exited with code 3"):
+            await supervisor.wait_ready()
+        assert supervisor.restarts == 2
+
+    run(test, Limits(tick=0.02, window=0.01), crash_at_load=True, load_seconds=0.05)
+
+
 def test_a_usage_error_is_final_at_once() -> None:
     async def test(supervisor: Supervisor, events: Events) -> None:
         with pytest.raises(EngineFailed, match="no such model") as caught:

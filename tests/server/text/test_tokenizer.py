@@ -92,6 +92,15 @@ def test_a_plain_prompt_recognises_special_tokens() -> None:
     assert tokens(text, ids) == ["a", "<|im_end|>"]
 
 
+def test_the_trainers_padding_and_truncation_are_off() -> None:
+    tokenizer = kinds.byte_level()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    text = ModelText(tokenizer.to_str(), template="{{ messages[0].content }}")
+    for typed in ("x", "xxxxxxxxxxxxxx", "<|end|>xxxxxxxxxxxxx"):
+        assert text.decode(text.encode_messages(user(typed)), skip_special_tokens=False) == typed
+
+
 def test_add_special_tokens_puts_the_beginning_token_in_front() -> None:
     text = make()
     assert text.encode("a") == [0, *text.encode("a", add_special_tokens=False)]
