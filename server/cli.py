@@ -6,25 +6,26 @@ import the web stack, while the engine imports torch.
 
 from __future__ import annotations
 
-import argparse
-import asyncio
+# Only what is loaded anyway: a Ctrl-C while the rest is imported must not end in a traceback.
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
 
-from server.config import ConfigError, OneLineParser, Settings, add_flags, check_exposure, resolve
-from server.supervisor import EngineFailed, EngineProcess, Limits, Supervisor, spawn_engine
-from server.version import VERSION
-
 if TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import socket
+    from collections.abc import Sequence
+
+    from server.config import Settings
     from server.engine.messages import Ready
     from server.service import Service
+    from server.supervisor import EngineProcess, Supervisor
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
 _PROGRESS_SECONDS = 0.1
 
@@ -35,6 +36,31 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
     engine_command: another engine than this project's, for tests and measurements; see supervisor.spawn_engine.
     """
     began = time.monotonic()
+    before = {number: signal.signal(number, _end_quietly) for number in _SIGNALS}
+    try:
+        flags = _parse(arguments)
+        if flags.command == "version":
+            from server.version import VERSION
+
+            print(f"stet {VERSION}")
+            return EXIT_OK
+        return _serve(flags, engine_command, began)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_quietly(number: int, frame: object) -> NoReturn:
+    """Until the event loop takes the signals over there is nothing to drain, and the engine ends when its socket does.
+
+    Nothing is raised: an exception in the middle of the import of an extension module can crash the interpreter.
+    """
+    os._exit(EXIT_OK)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from server.config import OneLineParser, add_flags
+
     parser = OneLineParser(prog="stet", description="An inference server whose tokens stand.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     serve = commands.add_parser(
@@ -45,40 +71,33 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
     )
     add_flags(serve)
     commands.add_parser("version", help="print the version", allow_abbrev=False)
-    flags = parser.parse_args(arguments)
-    if flags.command == "version":
-        print(f"stet {VERSION}")
-        return EXIT_OK
-    return _serve(flags, engine_command, began)
+    return parser.parse_args(arguments)
 
 
 def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: float) -> int:
+    from server.config import ConfigError, resolve
+    from server.supervisor import EngineFailed, spawn_engine
+
     process: EngineProcess | None = None
     try:
         settings = resolve(vars(flags), os.environ)
         sock = open_socket(settings)
-        _stop_early_on_signals()
-        process = spawn_engine(settings.engine_config(), command)
+        # The engine inherits the mask: a Ctrl-C goes to the whole group, and it is the parent's to act on.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            process = spawn_engine(settings.engine_config(), command)
+        except OSError as error:
+            return _fail(f"the engine process cannot be started: {error.strerror or error}", EXIT_FAILED)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return _run(settings, command, sock, process, began)
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)
     except EngineFailed as error:
         return _fail(str(error), EXIT_USAGE if error.usage else EXIT_FAILED)
-    except OSError as error:
-        return _fail(f"the engine process cannot be started: {error.strerror or error}", EXIT_FAILED)
     finally:
         if process is not None:
             process.kill()
-
-
-def _stop_early_on_signals() -> None:
-    """Until the event loop takes the signals over there is nothing to drain: end quietly, wherever that is."""
-
-    def stop(number: int, frame: object) -> NoReturn:
-        raise SystemExit(EXIT_OK)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
 
 
 def _fail(message: str, code: int) -> int:
@@ -91,6 +110,10 @@ def open_socket(settings: Settings) -> socket.socket:
 
     It listens at once, so that a second server on the same port fails here and not after its model has been loaded.
     """
+    import socket
+
+    from server.config import ConfigError, check_exposure
+
     host, port = settings.host, settings.port
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -114,18 +137,25 @@ def _run(
     settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
 ) -> int:
     """Import what serves, on the event loop that serves."""
-    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+    import asyncio
+
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve_until_stopped(settings, command, sock, process, began))
 
 
 async def _serve_until_stopped(
     settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
 ) -> int:
+    import asyncio
+
     from server.http.app import create_app
     from server.http.serving import HttpServer
     from server.logs import configure_logging
     from server.metrics import Metrics
     from server.service import Service, ServiceSettings
+    from server.supervisor import Limits, Supervisor
 
     as_text = (settings.log_format or ("text" if sys.stderr.isatty() else "json")) == "text"
     configure_logging("text" if as_text else "json")
@@ -136,7 +166,7 @@ async def _serve_until_stopped(
     server = HttpServer(create_app(service, metrics), metrics, sock)
 
     stop = asyncio.Event()
-    _take_signals(stop, process)
+    _take_signals(stop)
     await service.start()
     serving = await server.start()
     starting = asyncio.create_task(_announce(sock, service, supervisor, began, as_text))
@@ -157,25 +187,23 @@ async def _serve_until_stopped(
     return EXIT_OK
 
 
-def _take_signals(stop: asyncio.Event, process: EngineProcess) -> None:
+def _take_signals(stop: asyncio.Event) -> None:
     """The first SIGTERM or SIGINT asks for a drain, the second ends everything at once."""
+    import asyncio
 
     def on_signal(number: int) -> None:
         if stop.is_set():
-            _end_now(number)
+            os._exit(128 + number)
         stop.set()
 
-    def _end_now(number: int) -> NoReturn:
-        # The engine ends by itself when its socket does.
-        os._exit(128 + number)
-
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _SIGNALS:
         loop.add_signal_handler(number, on_signal, number)
 
 
 async def _announce(sock: socket.socket, service: Service, supervisor: Supervisor, began: float, as_text: bool) -> None:
     """Show how the start goes, and what is served once it is. Raises EngineFailed."""
+    import asyncio
     import logging
 
     show = asyncio.create_task(_show_progress(supervisor)) if sys.stderr.isatty() else None
@@ -197,6 +225,8 @@ async def _announce(sock: socket.socket, service: Service, supervisor: Superviso
 
 async def _show_progress(supervisor: Supervisor) -> None:
     """One line on the terminal, rewritten: the phase, what it does, and how far it is."""
+    import asyncio
+
     shown = ""
     while True:
         progress = supervisor.progress
@@ -213,6 +243,8 @@ async def _show_progress(supervisor: Supervisor) -> None:
 
 def summary(ready: Ready, url: str, seconds: float) -> str:
     """What is served and how to try it, for a person."""
+    from server.version import VERSION
+
     identity = ready.identity
     phases = ", ".join(f"{name} {value:.1f}" for name, value in ready.startup_seconds.items())
     memory = ", ".join(f"{kind.replace('_', ' ')} {_size(size)}" for kind, size in ready.memory_bytes.items() if size)

@@ -69,7 +69,12 @@ class Launched:
         raise TimeoutError(f"{path} is not {status}: {self.stderr}")
 
     def signal(self, number: int) -> None:
+        """To the server's process alone, as `kill` and an init system do."""
         self.process.send_signal(number)
+
+    def signal_group(self, number: int) -> None:
+        """To the engine's process as well, as a terminal does on Ctrl-C."""
+        os.killpg(self.process.pid, number)
 
     def wait(self, seconds: float = 15.0) -> int:
         return self.process.wait(seconds)
@@ -90,6 +95,7 @@ def launched(folder: Path, *flags: str, ready: bool = True, **engine: Any) -> It
             env=environment,
             stdout=output,
             stderr=output,
+            start_new_session=True,
         )
     server = Launched(process, port, log)
     try:
