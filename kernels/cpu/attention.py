@@ -7,7 +7,7 @@ alone: scores, softmax and sums in float32, online softmax in steps of 512 keys,
 
 Tiles have two heights: one token (its heads padded to a multiple of 4 rows) in decode, and 32 rows in prompts, which
 is about twice as fast there. Rows have equal bits in both: seen in bf16 and float32, for head sizes 64 to 256, 4 to 64
-rows, 128 to 1,280 keys; 1 to 3 rows do differ. The libraries below do not promise it, so `heights_agree` checks it once
+rows, 64 to 1,280 keys; 1 to 3 rows do differ. The libraries below do not promise it, so `heights_agree` checks it once
 for each head size, and where it fails every token gets a tile of its own, which makes equality hold by construction.
 
 `_scaled_dot_product_flash_attention_for_cpu` is private; the public F.scaled_dot_product_attention chooses among
@@ -15,6 +15,9 @@ kernels by its arguments, and this is the one that it chooses for such tiles (to
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap:
         return output
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale / softcap)
     scores = tanh_(scores.contiguous()).mul_(softcap).add_(mask)
-    # Softmax over the last axis vectorizes each row alone, and rows are multiples of 128 long: no scalar tails.
+    # Softmax over the last axis vectorizes each row alone, and rows are multiples of 64 long: no scalar tails.
     return torch.matmul(torch.softmax(scores, -1), v.float()).to(q.dtype)
 
 
@@ -55,7 +58,7 @@ def heights_agree(head_dim: int, dtype: torch.dtype, rows: int, softcap: bool) -
     """Whether `rows`-row tiles have the bits of PROMPT_ROWS-row tiles, wherever in the tile a row stands."""
     generator = torch.Generator().manual_seed(0)
     cap = 5.0 if softcap else None
-    for extent in (128, 256, 384, 512, 768, 1280):
+    for extent in (64, 128, 192, 256, 384, 512, 768, 1280):
         q = torch.randn(2, 1, PROMPT_ROWS, head_dim, generator=generator).to(dtype)
         k = torch.randn(2, 1, extent, head_dim, generator=generator).to(dtype)
         v = torch.randn(2, 1, extent, head_dim, generator=generator).to(dtype)
@@ -93,6 +96,21 @@ def paged_attention(
     return output.view(tokens, heads * head_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class _DecodePiece:
+    """All that does not change from layer to layer of some sequences' decode tiles: indices, buffers, their views."""
+
+    token_rows: Tensor | None  # None: every token of the step, in order
+    heads: slice
+    index: Tensor
+    gathered: Tensor
+    keys: Tensor  # k, v: views of `gathered`
+    values: Tensor
+    tiles: Tensor
+    tile_heads: Tensor  # view of `tiles` without the padding rows
+    mask: Tensor
+
+
 def _decode(
     query: Tensor,
     output: Tensor,
@@ -104,7 +122,25 @@ def _decode(
 ) -> None:
     """One tile of `decode_rows` rows for each token and KV head."""
     _, kv_heads, group, head_dim = query.shape
-    rows = decode_rows(group)
+    key = (kv_heads, cache.num_blocks, group, head_dim, query.itemsize)
+    pieces = work.prepared.get(key)
+    if pieces is None:
+        pieces = work.prepared[key] = list(_decode_pieces(query, work, cache, workspace))
+    for piece in pieces:
+        # Padding rows keep what an earlier call left in them; a row's result does not depend on another's.
+        some = query[:, piece.heads]
+        piece.tile_heads.copy_(some if piece.token_rows is None else some[piece.token_rows])
+        torch.index_select(cache.block_rows, 0, piece.index, out=piece.gathered)
+        result = attend(piece.tiles, piece.keys, piece.values, piece.mask, scale, softcap)[:, :, :group]
+        if piece.token_rows is None:
+            output[:, piece.heads] = result
+        else:
+            output[piece.token_rows, piece.heads] = result
+
+
+def _decode_pieces(query: Tensor, work: Work, cache: CpuKVCache, workspace: Workspace) -> Iterator[_DecodePiece]:
+    """Cut the work so that the gathered keys and values stay within MAX_GATHER_BYTES."""
+    _, kv_heads, group, head_dim = query.shape
     index = work.gather_index(cache)
     count = len(work.rows)
     head_bytes = 2 * work.extent * head_dim * query.itemsize
@@ -112,22 +148,24 @@ def _decode(
     at_once = max(1, MAX_GATHER_BYTES // (head_bytes * heads_at_once)) if heads_at_once == kv_heads else 1
     for first in range(0, count, at_once):
         last = min(first + at_once, count)
-        whole = work.every_row and last - first == count
-        token_rows = work.row_index[first:last]
-        tiles = workspace.take("decode_tiles", (last - first, kv_heads, rows, head_dim), query.dtype)
-        if rows > group:
-            tiles[:, :, group:].zero_()
-        tiles[:, :, :group] = query if whole else query.index_select(0, token_rows)
         mask = _mask(work, first, last, group=1, rows=1, window=cache.spec.sliding_window)
         for head in range(0, kv_heads, heads_at_once):
-            some = slice(head, head + heads_at_once)
-            part = index if whole and heads_at_once == kv_heads else index[:, first:last, some]
-            k, v = _gather(cache, part, work.extent, workspace)
-            result = attend(tiles[:, some], k, v, mask, scale, softcap)[:, :, :group]
-            if whole:
-                output[:, some] = result
-            else:
-                output[token_rows, some] = result
+            heads = slice(head, min(head + heads_at_once, kv_heads))
+            shape = (last - first, heads.stop - heads.start, decode_rows(group), head_dim)
+            tiles = workspace.take("decode_tiles", shape, query.dtype)
+            part = index[:, first:last, heads].contiguous()
+            gathered, keys, values = _gather_buffer(cache, part, work.extent, workspace)
+            yield _DecodePiece(
+                token_rows=None if work.every_row and last - first == count else work.row_index[first:last],
+                heads=heads,
+                index=part.view(-1),
+                gathered=gathered,
+                keys=keys,
+                values=values,
+                tiles=tiles,
+                tile_heads=tiles[:, :, :group],
+                mask=mask,
+            )
 
 
 def _prompt(
@@ -182,14 +220,22 @@ def _pack(query: Tensor, num_tiles: int, per_tile: int, workspace: Workspace) ->
     return tiles
 
 
-def _gather(cache: CpuKVCache, index: Tensor, extent: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """Keys and values of the indexed blocks (int64 [2, W, heads, blocks]), each [W, heads, extent, D]."""
+def _gather_buffer(
+    cache: CpuKVCache, index: Tensor, extent: int, workspace: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the blocks of an index int64 [2, W, heads, blocks]; its keys and values, each [W, heads, extent, D]."""
     _, count, heads, blocks = index.shape
     width = cache.block_rows.shape[1]
     buffer = workspace.take("gathered", (2 * count * heads * blocks, width), cache.spec.dtype)
-    torch.index_select(cache.block_rows, 0, index.reshape(-1), out=buffer)
     both = buffer.view(2, count, heads, extent, cache.spec.head_dim)
-    return both[0], both[1]
+    return buffer, both[0], both[1]
+
+
+def _gather(cache: CpuKVCache, index: Tensor, extent: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """Keys and values of the indexed blocks."""
+    buffer, keys, values = _gather_buffer(cache, index, extent, workspace)
+    torch.index_select(cache.block_rows, 0, index.reshape(-1), out=buffer)
+    return keys, values
 
 
 def _mask(work: Work, first: int, last: int, group: int, rows: int, window: int | None) -> Tensor:

@@ -37,8 +37,8 @@ def allocate(spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
         raise ValueError(f"num_blocks is {num_blocks}; at least 1 is needed")
     if spec.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"spec.dtype is {spec.dtype}; the CPU backend stores bfloat16 or float32")
-    if spec.block_size < 1 or 128 % spec.block_size != 0:
-        raise ValueError(f"spec.block_size is {spec.block_size}; it must divide 128, for example 16 or 32")
+    if spec.block_size < 1 or 64 % spec.block_size != 0:
+        raise ValueError(f"spec.block_size is {spec.block_size}; it must divide 64, for example 16 or 32")
     shape = (2, num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
     with torch.inference_mode(False):
         data = torch.zeros(shape, dtype=spec.dtype)

@@ -1,14 +1,16 @@
 """What a step's metadata becomes once, for all layers: positions, slots and attention's work in fixed shapes.
 
-A query at position p reads the keys [start, start + extent): with n keys to see, start is the first of them rounded
-down to a multiple of 128, and extent covers the rest in steps of 128 up to 512, then of 256. Both depend on p and the
-layer's window alone. So every token meets the same key tiles whether it comes in a prompt, a chunk or a decode step.
+A query at position p reads the keys [start, start + extent). start is the first key that it may see, rounded down to
+a multiple of 128; extent covers the rest in steps of 64 up to 256, of 128 up to 512, then of 256: fine steps waste few
+keys, coarse ones gather more sequences in one call. Both depend on p and the layer's window alone. So every token meets
+the same key tiles whether it comes in a prompt, a chunk or a decode step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +23,9 @@ from kernels.ops import AttentionMetadata, RotaryTable
 
 Int64Array = npt.NDArray[np.int64]
 
-KEY_STEP = 128
+START_STEP = 128
+KEY_STEPS = ((256, 64), (512, 128))
 LONG_KEY_STEP = 256
-LONG_FROM = 512
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Work:
     every_row: bool
     row_index: Tensor
     masks: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    prepared: dict[tuple[int, ...], Any] = field(default_factory=dict)
     gathers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def gather_index(self, cache: CpuKVCache) -> Tensor:
@@ -147,15 +150,16 @@ class CpuPlan:
 
 
 def key_range(positions: Int64Array, window: int | None) -> tuple[Int64Array, Int64Array]:
-    """First key (a multiple of 128) and number of keys (a multiple of 128) that a query at each position reads."""
+    """First key (a multiple of 128) and number of keys (a multiple of 64) that a query at each position reads."""
     if window is None:
         starts = np.zeros_like(positions)
     else:
-        starts = np.maximum(positions - window + 1, 0) // KEY_STEP * KEY_STEP
+        starts = np.maximum(positions - window + 1, 0) // START_STEP * START_STEP
     visible = positions + 1 - starts
-    short = -(-visible // KEY_STEP) * KEY_STEP
-    long = -(-visible // LONG_KEY_STEP) * LONG_KEY_STEP
-    return starts, np.where(visible <= LONG_FROM, short, long)
+    extents = -(-visible // LONG_KEY_STEP) * LONG_KEY_STEP
+    for limit, step in reversed(KEY_STEPS):
+        extents = np.where(visible <= limit, -(-visible // step) * step, extents)
+    return starts, extents
 
 
 def make_plan(metadata: AttentionMetadata) -> CpuPlan:

@@ -30,30 +30,20 @@ def write_kv(
     """
     tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
+    rows = workspace.take("new_kv", (2, tokens, kv_heads, head_dim), cache.spec.dtype)
     both = _side_by_side(query, key)
-    if norms is not None:
+    if norms is None:
+        both = workspace.take("both", tuple(both.shape), torch.float32).copy_(both)
+    else:
         both = normalize(both, eps, workspace).mul_(norms)
 
     rotary_dim = cos.shape[2]
     turning = both if rotary_dim == head_dim else both[..., :rotary_dim]
-    shape = tuple(turning.shape)
-    rotated = torch.mul(turning, cos, out=workspace.take("rotated", shape, torch.float32))
-    crossed = torch.roll(turning, rotary_dim // 2, -1)  # (second half, first half)
-    crossed = torch.mul(crossed, sin, out=workspace.take("crossed", shape, torch.float32))
-
-    # float32 sums, rounded once on their way into the outputs.
-    new_query = torch.empty(query.shape, dtype=query.dtype)
-    rows = workspace.take("new_kv", (2, tokens, kv_heads, head_dim), cache.spec.dtype)
-    if rotary_dim == head_dim:
-        torch.add(rotated[:, :heads], crossed[:, :heads], out=new_query)
-        torch.add(rotated[:, heads:], crossed[:, heads:], out=rows[0])
-    else:
-        rotated.add_(crossed)
-        new_query[..., :rotary_dim] = rotated[:, :heads]
-        new_query[..., rotary_dim:] = both[:, :heads, rotary_dim:]
-        rows[0, ..., :rotary_dim] = rotated[:, heads:]
-        rows[0, ..., rotary_dim:] = both[:, heads:, rotary_dim:]
+    crossed = torch.roll(turning, rotary_dim // 2, -1).mul_(sin)  # (second half, first half)
+    turning.mul_(cos).add_(crossed)
+    rows[0] = both[:, heads:]
     rows[1] = value
+    new_query = torch.empty(query.shape, dtype=query.dtype).copy_(both[:, :heads])
 
     if plan.fresh_blocks is not None:
         cache.data.index_fill_(1, plan.fresh_blocks, 0)

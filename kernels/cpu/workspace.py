@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Workspace:
-    """Named buffers that grow and never shrink. Contents are undefined between calls.
+    """Named buffers that grow and never shrink. Contents between calls are what earlier calls left, zeros at first.
 
     Owns its memory; a buffer is valid until the next `take` of the same name.
     """
@@ -29,7 +29,7 @@ class Workspace:
         if flat is None or flat.numel() < size:
             # A tensor born under inference_mode could not be written to outside of it.
             with torch.inference_mode(False):
-                flat = torch.empty(size, dtype=dtype)
+                flat = torch.zeros(size, dtype=dtype)
             self._flat[key] = flat
         view = flat[:size].view(shape)
         self._last[key] = (shape, view)

@@ -115,7 +115,7 @@ def test_cpu_refusals() -> None:
     with pytest.raises(ValueError, match="threads is 0"):
         CpuOps(threads=0)
     ops = CpuOps(dtype=torch.float32)
-    with pytest.raises(ValueError, match="must divide 128"):
+    with pytest.raises(ValueError, match="must divide 64"):
         ops.allocate_kv_cache(KVCacheSpec(2, 8, 48, torch.float32), 4)
     with pytest.raises(ValueError, match="bfloat16 or float32"):
         ops.allocate_kv_cache(KVCacheSpec(2, 8, 16, torch.float16), 4)

@@ -247,6 +247,22 @@ def test_a_dead_sequence_touches_no_other(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_rows_may_hold_anything(dtype: torch.dtype) -> None:
+    """A decode tile's padding rows keep what earlier calls left there, NaN of a dead request included."""
+    full, padded = Layer(8, 2, 64), Layer(6, 2, 64)
+    metadata = AttentionMetadata([1] * 4, [1] * 4, [[0], [1], [2], [3]], 16)
+    packed, dead = padded.packed(4, dtype, seed=0), torch.full_like(full.packed(4, dtype, seed=0), float("nan"))
+    outputs = []
+    for others in (False, True):
+        ops = CpuOps(dtype=dtype)
+        cache = ops.allocate_kv_cache(full.spec(dtype), 4)
+        if others:
+            attention_step(ops, full, cache, metadata, dead, full.rotary(64))
+        outputs.append(attention_step(ops, padded, cache, metadata, packed, padded.rotary(64))[1])
+    assert torch.equal(outputs[0], outputs[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sampling_rows_are_independent(dtype: torch.dtype) -> None:
     """Each row drawn alone, and among others in another order, with a row of NaN beside it."""
     rng, ops = random.Random(0), CpuOps(dtype=dtype)
