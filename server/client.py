@@ -188,6 +188,8 @@ class EngineClient:
             self._discard("abort", len(arrival.token_ids))
         for route in mailbox.routes:
             self._abandon(route, "abort")
+        # Nobody needs them any more, and without the circle both are freed at once.
+        mailbox.routes.clear()
         self._pump()
 
     def stop_choice(self, mailbox: Mailbox, index: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from tokenizers import Tokenizer
 
 from server.engine.request import FinishReason
@@ -29,7 +32,13 @@ EOS = 0  # "<|end|>"
 Test = Callable[[Server], Coroutine[Any, Any, None]]
 
 
-def run(folder: Path, test: Test, seconds: float = 30.0, **options: Any) -> None:
+def run(
+    folder: Path,
+    test: Test,
+    seconds: float = 30.0,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    **options: Any,
+) -> None:
     """Run a test against a service, then look whether anything is left of its requests."""
 
     async def main() -> None:
@@ -37,7 +46,8 @@ def run(folder: Path, test: Test, seconds: float = 30.0, **options: Any) -> None
             await test(server)
             assert server.is_clean()
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
 
 
 def encode(text: str) -> list[int]:
@@ -510,6 +520,48 @@ def test_three_crashes_a_minute_end_everything_with_the_cause(tmp_path: Path) ->
     run(tmp_path, test, crash_after=100, step_seconds=0.002)
 
 
+def test_a_dozen_kills_at_random_lose_and_double_nothing(tmp_path: Path) -> None:
+    """Kills during a probation blame one request each, as they must; all others come out whole."""
+    rng = random.Random(11)
+    blamed = 0
+
+    async def test(server: Server) -> None:
+        async def one(i: int) -> str:
+            prompt = [i + 1, 7]
+            try:
+                answer = await collect(server.service, ids_request(prompt, seed=i, max_new_tokens=150))
+            except Refusal:
+                return "refused"
+            assert answer.ids[0] == expected_tokens(prompt, i, len(answer.ids[0]), vocab_size=VOCABULARY)
+            assert answer.text == decode(answer.ids[0])
+            return answer.end.finish_reason.value
+
+        client, engine_down = server.client, server.client.engine_down
+
+        def count_blame() -> None:
+            nonlocal blamed
+            blamed += client._probation is not None and client._probation.engine_id is not None
+            engine_down()
+
+        client.engine_down = count_blame
+
+        async def kill() -> None:
+            for _ in range(12):
+                await server.supervisor.wait_ready()
+                await asyncio.sleep(rng.random() * 0.05)
+                os.kill(server.supervisor.pid or 0, signal.SIGKILL)
+                while server.supervisor.state == "ready":  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+
+        *outcomes, _ = await asyncio.gather(*(one(i) for i in range(40)), kill())
+        assert server.supervisor.restarts == 12
+        assert outcomes.count("length") == 40 - blamed
+        assert server.books.outcomes["error"] == blamed
+        await server.settled()
+
+    run(tmp_path, test, limits=Limits(tick=0.02, crashes=100), step_seconds=0.005, max_running=24)
+
+
 @pytest.mark.parametrize("fault", ["hang_after", "stop_after", "garbage_after"])
 def test_a_hang_is_a_crash(tmp_path: Path, fault: str) -> None:
     async def test(server: Server) -> None:
@@ -518,7 +570,8 @@ def test_a_hang_is_a_crash(tmp_path: Path, fault: str) -> None:
         assert server.supervisor.restarts == 1
 
     limits = Limits(tick=0.02, step=0.4, silence=0.4)
-    run(tmp_path, test, limits=limits, faulty_starts=1, **{fault: 20})
+    options: dict[str, Any] = {fault: 20}
+    run(tmp_path, test, limits=limits, faulty_starts=1, **options)
 
 
 # Readers
@@ -614,7 +667,8 @@ def test_cancellation_during_a_restart(tmp_path: Path) -> None:
     run(tmp_path, test, faulty_starts=1, crash_after=50, step_seconds=0.002)
 
 
-def test_the_books_balance_after_a_storm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_the_books_balance_after_a_storm(tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
     async def test(server: Server) -> None:
         rng = random.Random(5)
 
@@ -642,7 +696,8 @@ def test_the_books_balance_after_a_storm(tmp_path: Path) -> None:
         assert server.books.outcomes["error"] == 0
         await server.settled()
 
-    run(tmp_path, test, crash_after=1000, faulty_starts=1, step_seconds=0.001, tokens_per_step=2, max_running=16)
+    options: dict[str, Any] = {"step_seconds": 0.001, "tokens_per_step": 2, "max_running": 16}
+    run(tmp_path, test, loop_factory=loop_factory, crash_after=1000, faulty_starts=1, **options)
 
 
 def test_the_service_needs_neither_torch_nor_the_web() -> None:

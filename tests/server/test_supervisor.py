@@ -306,6 +306,26 @@ def test_stopping_an_engine_that_loads_does_not_wait_for_it() -> None:
     assert supervisor.state == "stopped"
 
 
+def test_an_engine_that_does_not_read_is_noticed_and_forgiven() -> None:
+    async def test(supervisor: Supervisor, events: Events) -> None:
+        await supervisor.wait_ready()
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGSTOP)
+        sent = 0
+        while supervisor.writable:
+            sent += 1
+            supervisor.send(Submit(sent, list(range(100_000)), SamplingParams(max_new_tokens=1)))
+        assert sent < 200
+        os.kill(supervisor.pid, signal.SIGCONT)
+        await events.wait("writable")
+        assert supervisor.writable
+        async with asyncio.timeout(10):
+            while sum(len(output.deltas) for output in events.outputs) < sent:
+                await events.wait("output", len(events.outputs) + 1)
+
+    run(test, max_model_len=200_000)
+
+
 def test_a_command_that_cannot_be_started() -> None:
     async def main() -> None:
         supervisor = Supervisor(CONFIG, Books(), command=["/nonexistent/engine"])
