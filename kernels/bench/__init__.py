@@ -1,0 +1,1 @@
+"""python -m kernels.bench: each operation against its floor and a stock peer."""
