@@ -219,6 +219,7 @@ async def _announce(sock: socket.socket, service: Service, supervisor: Superviso
     seconds = time.monotonic() - began
     if as_text:
         print(summary(ready, url, seconds), file=sys.stderr, flush=True)
+        return
     fields = {"url": url, "model": ready.identity.model, "startup_seconds": round(seconds, 3)}
     logging.getLogger("stet").info("ready", extra={"fields": fields})
 
@@ -249,7 +250,7 @@ def summary(ready: Ready, url: str, seconds: float) -> str:
     phases = ", ".join(f"{name} {value:.1f}" for name, value in ready.startup_seconds.items())
     memory = ", ".join(f"{kind.replace('_', ' ')} {_size(size)}" for kind, size in ready.memory_bytes.items() if size)
     tokens = ready.num_blocks * ready.block_size
-    instructions = f" ({identity.instruction_set})" if identity.instruction_set else ""
+    instructions = f", {identity.instruction_set}" if identity.instruction_set else ""
     rows = {
         "model": f"{identity.model} ({identity.architecture}, {_count(identity.num_parameters)} parameters)",
         "dtype": f"{identity.dtype}, KV cache {identity.kv_cache_dtype}",

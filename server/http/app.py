@@ -61,6 +61,9 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
         except ClientGone:
             _count_refusal(metrics, "cancelled", began)
             return Response(status_code=_CLIENT_GONE)
+        except BaseException:
+            _count_refusal(metrics, "internal", began)
+            raise
         fields["stream"] = parsed.stream
         return GenerationResponse(service, parsed, limits, fields)
 

@@ -167,6 +167,21 @@ def test_a_defect_never_reaches_the_client(
     assert answer.headers["x-request-id"].startswith("req-")
 
 
+def test_a_defect_in_the_checks_is_counted(
+    client: httpx.Client, server: ServerThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(request: GenerationRequest) -> list[Problem]:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(server.service, "problems", broken)
+    line = 'stet_requests_total{endpoint="/generate",outcome="internal"} '
+    before = float(server.metrics.render(None)[0].decode().split(line)[1].split()[0])
+    answer = client.post("/generate", json=BODY)
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert float(server.metrics.render(None)[0].decode().split(line)[1].split()[0]) == before + 1
+
+
 def test_headers_go_out_after_a_long_wait_and_a_refusal_becomes_an_event(
     client: httpx.Client, server: ServerThread
 ) -> None:
