@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Choice:
     """One choice on its way from token ids to text. `num_tokens` counts through the token that completed its text."""
 
-    __slots__ = ("detokenizer", "ended", "finish_reason", "index", "last_at", "matcher", "min_new_tokens", "num_tokens")
+    __slots__ = ("detokenizer", "finish_reason", "index", "last_at", "matcher", "min_new_tokens", "num_tokens")
 
     def __init__(self, index: int, detokenizer: Detokenizer, matcher: StopMatcher | None, min_new_tokens: int) -> None:
         self.index = index

@@ -53,7 +53,9 @@ _RATE_WINDOW_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """max_waiting             places in the queue, beyond the engine's max_running
+    """What an operator may choose.
+
+    max_waiting             places in the queue, beyond the engine's max_running
     default_max_new_tokens  when a request does not say, and there is room
     tokenizer_threads       texts tokenized at once
     inline_characters       a text up to this long is tokenized on the event loop: a thread would take longer
@@ -139,6 +141,9 @@ class Service:
             self._failure = error
         except ModelTextError as error:
             self._failure = EngineFailed(str(error), usage=True)
+        except Exception as error:
+            logger.exception("the model's text files could not be prepared")
+            self._failure = EngineFailed(f"the model's text files cannot be used: {type(error).__name__}", usage=True)
 
     async def ready(self) -> None:
         """Wait until requests are accepted. Raises EngineFailed, with one line for the operator, if they never will."""
@@ -246,10 +251,13 @@ class Service:
         return await self._prompt_ids(self._text, request)
 
     def detokenize(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """The text of ids. Raises Refusal while the model is not loaded."""
+        """The text of ids. Raises Refusal."""
+        ids = tuple(token_ids)
         if self._text is None:
             raise self._not_ready()
-        return self._text.decode(list(token_ids), skip_special_tokens)
+        if problems := self.problems(GenerationRequest(prompt_token_ids=ids)):
+            raise Refusal("invalid_request", [dataclasses.replace(problem, param="token_ids") for problem in problems])
+        return self._text.decode(ids, skip_special_tokens)
 
     # One request
 

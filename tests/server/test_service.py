@@ -21,6 +21,7 @@ from server.engine.request import FinishReason
 from server.generation import Completed, GenerationRequest, Refusal, Started, TextDelta
 from server.service import ServiceSettings
 from server.supervisor import EngineFailed, Limits
+from server.text.tokenizer import ModelText
 from tests.server.fake_engine import expected_tokens
 from tests.server.harness import Answer, Server, collect, ids_request, serving
 from tests.server.text import tokenizers as kinds
@@ -233,6 +234,10 @@ def test_messages_and_tokenize(tmp_path: Path) -> None:
         assert answer.completed is not None
         assert answer.completed.usage.prompt_tokens == len(ids)
         assert server.service.detokenize(encode("żó")) == "żó"
+        for bad in (-1, VOCABULARY):
+            with pytest.raises(Refusal, match="vocabulary") as caught:
+                server.service.detokenize([5, bad])
+            assert caught.value.problems[0].param == "token_ids"
 
     run(tmp_path, test, mode="echo")
 
@@ -403,6 +408,20 @@ def test_a_server_that_cannot_start_says_why(
         assert message not in refused.value.problems[0].message
 
     run(tmp_path, test, wait=False, **options)
+
+
+def test_text_files_of_an_unexpected_shape_end_the_start_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> ModelText:
+        raise KeyError("pattern")
+
+    monkeypatch.setattr(ModelText, "load", broken)
+
+    async def test(server: Server) -> None:
+        with pytest.raises(EngineFailed, match="cannot be used: KeyError"):
+            await server.service.ready()
+        assert server.service.state == "failed"
+
+    run(tmp_path, test, wait=False)
 
 
 def test_drain_lets_requests_finish(tmp_path: Path) -> None:
