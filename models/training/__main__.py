@@ -17,8 +17,8 @@ from models.training.train import Recipe, load_weights, pick_device, train
 
 STAGES = ("tokenizer", "corpus", "pretrain", "tune", "evaluate", "export")
 PRETRAIN_SHARE = 0.75  # of the minutes; the rest is instruction tuning
-PRETRAIN = Recipe(peak_lr=5e-3, minutes=1)
-TUNE = Recipe(peak_lr=1.5e-3, minutes=1, lengths=((0.7, 512), (1.0, 1024)), decay_from=0.1)
+PRETRAIN = Recipe(peak_lr=3e-3, minutes=1)
+TUNE = Recipe(peak_lr=1e-3, minutes=1, lengths=((1.0, 1024),), decay_from=0.1)
 
 
 def parse() -> argparse.Namespace:
@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--corpus-tokens", type=int, default=16_000_000, help="tokens of the pre-training stream")
     parser.add_argument("--vocab", type=int, default=4096, help="the largest vocabulary")
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=200, help="held-out tasks a cell of the evaluation")
     return parser.parse_args()

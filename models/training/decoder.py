@@ -20,7 +20,7 @@ class Shape:
 
     vocab_size: int = 4096
     hidden_size: int = 256
-    num_layers: int = 6
+    num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 64
@@ -158,11 +158,37 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_layers))
         self.norm = Norm(shape.hidden_size, shape.norm_eps)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw the weights so that copying a token from the context is easy to learn.
+
+        The names of a story can only be kept apart by copying them, and from normal weights that skill comes late. So
+        tokens keep their identity in the residual stream (large embeddings, a small last norm to match), and in each
+        layer but the first half of the heads write what they read (value and output projections are transposes, in
+        the way of Trockman and Kolter 2023): only where to look is left to learn.
+        """
+        shape = self.shape
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 # Projections back into the residual stream start smaller, so that depth does not add up (GPT-2).
                 scale = (2 * shape.num_layers) ** -0.5 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
                 nn.init.normal_(weight, std=0.02 * scale)
+        nn.init.normal_(self.embed_tokens.weight, std=1.0)
+        self.norm.weight.fill_(0.04)
+        groups = shape.num_heads // shape.num_kv_heads
+        for layer in list(self.layers)[1:]:
+            attention = layer.self_attn
+            if not isinstance(attention, Attention):
+                raise TypeError("a layer without attention")
+            for kv in range(shape.num_kv_heads // 2, shape.num_kv_heads):
+                reading = torch.linalg.qr(torch.randn(shape.hidden_size, shape.head_dim))[0]
+                rows = slice(kv * shape.head_dim, (kv + 1) * shape.head_dim)
+                attention.v_proj.weight[rows] = reading.T
+                for head in range(kv * groups, (kv + 1) * groups):
+                    columns = slice(head * shape.head_dim, (head + 1) * shape.head_dim)
+                    attention.o_proj.weight[:, columns] = reading
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)

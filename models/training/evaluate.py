@@ -20,10 +20,11 @@ from models.training.corpus import documents, heldout_tasks, is_heldout, wants
 from models.training.data import digest, encode
 from models.training.decoder import Decoder
 from models.training.tasks import ASSISTANT, BEGIN, END, END_OF_TEXT, EXACT, SHOTS, USER, Task, a_story
-from models.training.world import HE, SHE
+from models.training.world import HE, SHE, a
 
 Report = Callable[[str], None]
 TEMPERATURE = 0.7
+STORIES = 24  # sampled for the checks
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,8 @@ def evaluate(
             exact[name][shots] = exact_match(model, tokenizer, heldout_tasks(seed, name, shots, size))
         report(f"exact match, {name}: " + ", ".join(f"{k}-shot {v:.3f}" for k, v in exact[name].items()))
     rng = random.Random(f"{seed}/samples")
-    heroes = [a_story(rng, lambda key: wants("heldout", key)) for _ in range(48)]
-    asked = [
-        f"Tell me a story about a {s.hero.word} who {s.deed}.".replace("a o", "an o").replace("a e", "an e")
-        for s in heroes
-    ]
+    heroes = [a_story(rng, lambda key: wants("heldout", key)) for _ in range(STORIES)]
+    asked = [f"Tell me a story about {a(s.hero.word)} who {s.deed}." for s in heroes]
     told = sample(model, tokenizer, [f"{BEGIN}{USER}{p}{END}{ASSISTANT}" for p in asked], seed, TEMPERATURE)
     checks = [story_checks(text, s.hero.word, ended) for (text, ended), s in zip(told, heroes, strict=True)]
     stories = {name: sum(c[name] for c in checks) / len(checks) for name in checks[0]}

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from models.training import tokenizer as tokenizers_
 from models.training.decoder import Decoder, Shape
-from models.training.evaluate import Numbers
+from models.training.evaluate import STORIES, Numbers
 from models.training.tasks import BEGIN, END, END_OF_TEXT, PAD
 
 MAX_BYTES = 16_000_000
@@ -87,7 +87,7 @@ def numbers_section(numbers: Numbers, parameters: int, runs: dict[str, dict[str,
             for task, cells in numbers.exact.items()
         ),
         "",
-        "Of 48 stories sampled at temperature 0.7 and top-p 0.9, asked for by hero and deed: "
+        f"Of {STORIES} stories sampled at temperature 0.7 and top-p 0.9, asked for by hero and deed: "
         + ", ".join(f"{100 * share:.0f} % {name}" for name, share in numbers.stories.items())
         + ".",
         "",

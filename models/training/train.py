@@ -25,6 +25,7 @@ from torch import Tensor
 from models.training.decoder import Decoder, Shape
 
 Report = Callable[[str], None]
+EMBEDDING_BOOST = 4.0  # the learning rate of the embedding, whose weights are large, over that of the rest
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,15 @@ class Recipe:
     peak_lr: float
     minutes: float | None = None
     tokens: int | None = None
-    batch_tokens: int = 8192
-    lengths: tuple[tuple[float, int], ...] = ((0.6, 256), (0.9, 512), (1.0, 1024))  # until this share, so long
+    batch_tokens: int = 4096
+    lengths: tuple[tuple[float, int], ...] = ((0.7, 256), (1.0, 512))  # until this share, so long
     warmup: float = 0.02
     decay_from: float = 0.5  # constant until then, linear to zero afterwards (WSD, Hu et al. 2024)
-    weight_decay: float = 0.05
+    weight_decay: float = 0.1
     clip: float = 1.0
     seed: int = 1
     compile: bool = True
+    bf16: bool = True  # products in bfloat16; weights and optimizer stay float32
     checkpoint_seconds: float = 60.0
     report_seconds: float = 5.0
 
@@ -89,9 +91,8 @@ def optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
     muon = torch.optim.Muon(
         matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
-    adam = torch.optim.AdamW(
-        [{"params": embedding}, {"params": norms}], lr=recipe.peak_lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    groups: list[dict[str, Any]] = [{"params": embedding, "boost": EMBEDDING_BOOST}, {"params": norms}]
+    adam = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
     return [muon, adam]
 
 
@@ -160,9 +161,9 @@ def train(
         rate = recipe.lr(now)
         for opt in opts:
             for group in opt.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("boost", 1.0)
         inputs, targets = stream.batch(seen, max(1, recipe.batch_tokens // length), length, device)
-        autocast = torch.autocast(device.type, torch.bfloat16) if recipe.compile else contextlib.nullcontext()
+        autocast = torch.autocast(device.type, torch.bfloat16) if recipe.bf16 else contextlib.nullcontext()
         with autocast:
             loss = loss_of(inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]

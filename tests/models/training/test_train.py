@@ -24,7 +24,9 @@ from models.training.train import Recipe, Stream, train
 TINY = Shape(
     vocab_size=512, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=96
 )
-QUICK = Recipe(peak_lr=5e-3, tokens=20 * 512, batch_tokens=512, lengths=((1.0, 64),), compile=False, warmup=0.1)
+QUICK = Recipe(
+    peak_lr=2e-2, tokens=20 * 512, batch_tokens=512, lengths=((1.0, 64),), compile=False, bf16=False, warmup=0.1
+)
 
 
 @pytest.fixture(autouse=True)
