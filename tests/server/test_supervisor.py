@@ -418,11 +418,11 @@ def test_progress_and_phases_restart_the_patience_of_a_load() -> None:
 
 def test_it_is_imported_fast_and_without_the_web() -> None:
     code = (
-        "import sys, time; began = time.perf_counter(); import server.supervisor; took = time.perf_counter() - began\n"
+        "import sys, time; began = time.process_time(); import server.supervisor; took = time.process_time() - began\n"
         "heavy = {'torch', 'transformers', 'fastapi', 'pydantic', 'tokenizers', 'jinja2', 'prometheus_client'}\n"
         "print(took, sorted(heavy & set(sys.modules)))"
     )
     outputs = [subprocess.check_output([sys.executable, "-c", code], text=True).split(" ", 1) for _ in range(5)]
     assert all(heavy.strip() == "[]" for _, heavy in outputs)
-    # 60 ms on a machine of its own; a busy one gets a margin.
-    assert min(float(took) for took, _ in outputs) < 0.2
+    # Processor time: 60 ms is meant, and neighbours that share the caches may double it.
+    assert min(float(took) for took, _ in outputs) < 0.15
