@@ -28,7 +28,7 @@ from kernels.cpu.plan import CpuPlan, Work
 from kernels.cpu.workspace import Workspace
 
 PROMPT_ROWS = 32
-MAX_GATHER_BYTES = 32 << 20
+MAX_GATHER_BYTES = 4 << 20  # stays in the last-level cache between gathering and use
 MAX_MASK_BYTES = 16 << 20
 MAX_CACHED_MASK_BYTES = 16 << 20  # for each Work
 

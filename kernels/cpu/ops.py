@@ -40,7 +40,8 @@ def has_fast_bf16() -> bool:
 class CpuOps:
     """The operations of `kernels.ops.Ops` on the CPU, row-invariant to the bit.
 
-    Owns its scratch memory and the results of its start-up checks. Not thread-safe: one engine, one CpuOps.
+    Owns its scratch memory and the results of its start-up checks. Not thread-safe: one engine, one CpuOps. Call
+    it under torch.inference_mode or no_grad: results are written into existing tensors, which autograd refuses.
     """
 
     def __init__(self, threads: int | None = None, dtype: torch.dtype | None = None) -> None:

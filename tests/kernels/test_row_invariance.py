@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu import CpuOps, attention
+from kernels.cpu import CpuOps, attention, linear
 from kernels.ops import AttentionMetadata
 from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, random_sampling, stored
 
@@ -200,6 +200,18 @@ def test_attention_with_a_tile_for_every_token(dtype: torch.dtype, monkeypatch: 
     expected = history.run([140], strangers=0, seed=0)
     actual = history.run([60, 40] + [1] * 40, strangers=2, seed=6)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_start_up_checks_see_a_dependence_on_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library whose last bit depends on the number of rows sends both checks to their fallbacks."""
+    attend, call = attention.attend, linear._call
+    assert attention.heights_agree(64, torch.float32, 4, softcap=False)
+    weight = linear.pack(torch.randn(8, 16), None, torch.float32, fixed_rows=False)
+    assert linear.rows_agree(weight)
+    monkeypatch.setattr(attention, "attend", lambda q, *args: attend(q, *args) * (1 + 1e-6 * (q.shape[2] == 4)))
+    monkeypatch.setattr(linear, "_call", lambda x, weight: call(x, weight) * (1 + 1e-6 * (len(x) == 33)))
+    assert not attention.heights_agree(64, torch.float32, 4, softcap=False)
+    assert not linear.rows_agree(weight)
 
 
 def test_stock_attention_would_fail() -> None:

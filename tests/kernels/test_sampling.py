@@ -309,6 +309,21 @@ def test_rows_that_are_not_finite(backend: Ops) -> None:
     assert all(0 <= token < 10 for token in result.token_ids.tolist())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fields", [{}, {"min_ps": 0.5}, {"top_ks": 511}], ids=str)
+def test_a_draw_on_a_border_takes_the_next_token(
+    backend: Ops, fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 equal weights: r = j * 2^22 is exactly the sum of the first j, so token j is the first that exceeds it."""
+    wanted = [0, 1, 127, 128, 300, 511]
+    for off, expected in ((0, wanted), (-1, [j - 1 for j in wanted[1:]])):
+        bits = np.array([(j << 22) + off for j in (wanted if off == 0 else wanted[1:])])
+        for module in ("kernels.reference", "kernels.cpu.sampling"):
+            monkeypatch.setattr(f"{module}.random_31_bits", lambda *args, bits=bits: bits)
+        logits = torch.zeros(len(bits), 512)
+        assert backend.sample(logits, sampling(len(bits), **fields)).token_ids.tolist() == expected
+
+
 def test_ties_at_a_border_are_kept() -> None:
     logits = np.array([2.0, 1.0, 1.0, 1.0, 0.0], dtype=np.float32)
     assert np.count_nonzero(kept_weights(logits, sampling(1, top_ks=2), 0)) == 4
