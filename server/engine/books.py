@@ -18,7 +18,8 @@ class Entry:
     rank           its place among all others, fixed when it is added; smaller is better
     limit          tokens, prompt and output, at which it ends
     keys           keys of its full blocks from the first on, as far as they have been needed: each is hashed once
-    num_confirmed  tokens whose K and V are known to be in its blocks: num_computed_tokens without the steps in flight
+    num_confirmed  while it runs: tokens whose K and V are known to be in its blocks, that is, num_computed_tokens
+                   without the steps in flight
     steps          ids of the plans in flight that it takes part in, oldest first
     queued         whether it is in the queue. A preempted request stays outside until the steps above are over
     paid           whether its tenant has paid for it; being preempted costs nothing

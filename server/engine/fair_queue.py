@@ -26,19 +26,20 @@ class _Tenant:
 
 
 class FairQueue:
-    """Waiting requests, ordered by deficit round robin over tenants (Shreedhar and Varghese, 1995).
+    """Waiting requests, ordered by deficit round robin over tenants (Shreedhar and Varghese, 1995), paid in arrears.
 
-    A tenant's best-ranked request may go when the tenant's credit covers its cost, in tokens. While nobody's does,
-    every waiting tenant is given the same credit, one quantum a round. So a flood by one tenant costs others nothing:
-    while two of them wait, both are served the same number of tokens, up to one request and one quantum. Credit ends
-    with the tenant's last waiting request: it cannot be saved up.
+    A tenant that owes nothing may send its best-ranked request, and then owes the tokens that it costs. When everyone
+    who waits is in debt, all debts shrink alike, one quantum a round. So a flood by one tenant costs the others
+    nothing: a newcomer waits for one request of each other tenant at most, and while two of them wait, both are served
+    the same number of tokens, up to one request and one quantum. Debts outlive the waiting, or a tenant would escape
+    them by sending one request at a time; credit does not, for it cannot be saved up.
 
-    Owns the waiting requests and the credits; never changes a request.
+    Owns the waiting requests and the debts; never changes a request.
     """
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
-        self._tenants: dict[str, _Tenant] = {}  # in turn order
+        self._tenants: dict[str, _Tenant] = {}  # those who wait or owe, in turn order
         self._len = 0
 
     def __len__(self) -> int:
@@ -50,7 +51,7 @@ class FairQueue:
                 yield waiting.request
 
     def push(self, request: Request, rank: Rank, cost: int) -> None:
-        """Let a request wait. `cost` is 0 for one that has paid before and lost its place."""
+        """Let a request wait. `cost` is 0 for one that has paid before and lost its place: it owes nobody a turn."""
         tenant = self._tenants.setdefault(request.tenant, _Tenant())
         insort(tenant.waiting, _Waiting(rank, cost, request), key=lambda waiting: waiting.rank)
         self._len += 1
@@ -60,34 +61,43 @@ class FairQueue:
         if not self._len:
             return None
         # The rounds in which nobody could be served are added up in one go, so that a fine quantum costs no time.
-        rounds = min(-((t.credit - t.waiting[0].cost) // self._quantum) for t in self._tenants.values())
-        if rounds > 0:
-            for tenant in self._tenants.values():
+        rounds = min(self._rounds(tenant) for tenant in self._tenants.values() if tenant.waiting)
+        if rounds:
+            for name, tenant in list(self._tenants.items()):
                 tenant.credit += rounds * self._quantum
+                self._forget_if_even(name)
         for tenant in self._tenants.values():
-            if tenant.credit >= tenant.waiting[0].cost:
+            if tenant.waiting and not self._rounds(tenant):
                 return tenant.waiting[0].request
         return None  # not reached: the rounds were enough for one
 
+    def _rounds(self, tenant: _Tenant) -> int:
+        """Rounds until a waiting tenant may send its next request."""
+        return 0 if tenant.credit >= 0 or not tenant.waiting[0].cost else -(tenant.credit // self._quantum)
+
     def pop(self, request: Request) -> None:
-        """Take out the request that `peek` gave: its tenant pays, and has its next turn after the others."""
+        """Take out the request that `peek` gave: its tenant owes its cost, and has its next turn after the others."""
         tenant = self._tenants.pop(request.tenant)
+        self._tenants[request.tenant] = tenant
         tenant.credit -= tenant.waiting.pop(0).cost
         self._len -= 1
-        if tenant.waiting:
-            self._tenants[request.tenant] = tenant
+        self._forget_if_even(request.tenant)
 
     def remove(self, request: Request, rank: Rank) -> None:
         """Take out a request that waits no longer."""
         tenant = self._tenants[request.tenant]
-        index = bisect_left(tenant.waiting, rank, key=lambda waiting: waiting.rank)
-        del tenant.waiting[index]
+        del tenant.waiting[bisect_left(tenant.waiting, rank, key=lambda waiting: waiting.rank)]
         self._len -= 1
-        if not tenant.waiting:
-            del self._tenants[request.tenant]
+        self._forget_if_even(request.tenant)
 
     def refund(self, name: str, tokens: int) -> None:
-        """A request of this tenant ended before it used all that was paid for."""
+        """A request of this tenant did not use so many of the tokens that it cost."""
         tenant = self._tenants.get(name)
         if tenant is not None:
             tenant.credit += tokens
+            self._forget_if_even(name)
+
+    def _forget_if_even(self, name: str) -> None:
+        tenant = self._tenants[name]
+        if not tenant.waiting and tenant.credit >= 0:
+            del self._tenants[name]

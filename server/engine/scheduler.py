@@ -300,8 +300,7 @@ class Scheduler:
             if row.error is not None:
                 outputs.append(self._finish_with_error(entry, planned.block_ids, row.error))
                 continue
-            if request.status is RequestStatus.RUNNING:
-                entry.num_confirmed = planned.start + planned.num_new_tokens
+            entry.num_confirmed = planned.start + planned.num_new_tokens
             if self.config.prefix_caching:
                 self._publish(entry, planned)
             if row.token_ids:
@@ -430,7 +429,7 @@ class Scheduler:
         request = entry.request
         self._running.remove(entry)
         request.status = RequestStatus.WAITING
-        request.num_computed_tokens = entry.num_confirmed = 0
+        request.num_computed_tokens = 0
         request.num_preemptions += 1
         self._pending.preemptions += 1
         self._release(entry)

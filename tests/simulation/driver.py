@@ -85,6 +85,7 @@ class Simulation:
             require(self.idle_ticks < MAX_IDLE_TICKS, "no progress: requests", open_requests)
         for client in self.clients.values():
             require(client.ended is not None, f"request {client.request.request_id} never ended")
+        self.watch.over(self.scheduler)
         pool = self.scheduler.pool
         require(pool.num_used == 0, f"{pool.num_used} blocks are lost")
         require(pool.num_free + pool.num_cached == pool.num_blocks, "blocks are missing")
@@ -236,7 +237,7 @@ class Simulation:
     def _update(self, result: StepResult) -> None:
         self._log("result", result.step_id, [(row.request_id, row.token_ids, row.error) for row in result.rows])
         outputs = self.scheduler.update(result)
-        self.watch.after_update(self.scheduler, result)
+        self.watch.after_update(self.scheduler, result, outputs)
         for output in outputs:
             self._output(output)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from server.engine.block_pool import BlockKey
-from server.engine.plan import StepPlan, StepResult
+from server.engine.plan import RequestOutput, StepCounters, StepPlan, StepResult
 from server.engine.request import Request, RequestStatus
 from server.engine.scheduler import Scheduler
 from tests.simulation.device import Device
@@ -58,7 +58,10 @@ class Watch:
     max_cost: int = 0
     tenants: set[str] = field(default_factory=set)
     waiting: list[Known] = field(default_factory=list)
+    busy: set[int] = field(default_factory=set)
     due: list[Request] = field(default_factory=list)
+    totals: StepCounters = field(default_factory=StepCounters)
+    expected: StepCounters = field(default_factory=StepCounters)
     contents: dict[int, tuple[BlockKey, int, list[int]]] = field(default_factory=dict)
 
     # ---- events ----
@@ -74,15 +77,17 @@ class Watch:
     def ended(self, request: Request) -> None:
         """What a tenant did not use of its share, it may use for another request: that is not passing anyone over."""
         known = self.known.pop(request.request_id)
+        self.expected.preemptions += request.num_preemptions
+        self.expected.cached_prompt_tokens += request.num_cached_tokens or 0
         if known.admitted:
             self._credit(request.tenant, known.limit - known.high_water - 1)
 
     def before_schedule(self) -> None:
-        busy = {planned.request.request_id for plan in self.in_flight for planned in plan.requests}
+        self.busy = {planned.request.request_id for plan in self.in_flight for planned in plan.requests}
         self.waiting = [
             known
             for known in self.known.values()
-            if known.request.status is RequestStatus.WAITING and known.request.request_id not in busy
+            if known.request.status is RequestStatus.WAITING and known.request.request_id not in self.busy
         ]
         self.due = [
             known.request
@@ -103,9 +108,20 @@ class Watch:
         self._check_admissions(plan, scheduler)
         self._check_victims(plan, scheduler)
 
-    def after_update(self, scheduler: Scheduler, result: StepResult) -> None:
+    def after_update(self, scheduler: Scheduler, result: StepResult, outputs: list[RequestOutput]) -> None:
         plan = self.in_flight.pop(0)
         self._check_counters(plan, result, scheduler)
+        counters = scheduler.last_step
+        delivered = sum(len(output.token_ids) for output in outputs)
+        require(counters.sampled_tokens == delivered + counters.pipeline_discarded_tokens, "tokens drawn are lost")
+        self.totals.add(counters)
+
+    def over(self, scheduler: Scheduler) -> None:
+        """At the end of a run: what the steps have counted is what the requests have seen."""
+        self.totals.add(scheduler._pending)
+        for name in ("preemptions", "cached_prompt_tokens"):
+            counted, seen = getattr(self.totals, name), getattr(self.expected, name)
+            require(counted == seen, f"{name}: {counted} were counted, {seen} were seen")
 
     def rolled_back(self, step_id: int) -> None:
         self.in_flight = [plan for plan in self.in_flight if plan.step_id < step_id]
@@ -204,6 +220,8 @@ class Watch:
             return
         victims = [self._rank(self.known[request_id]) for request_id in plan.preempted_ids]
         require(victims == sorted(victims, reverse=True), "victims are taken from the last rank up:", victims)
+        # Blocks of a victim in flight come back later: taking more victims for the same block would be a waste.
+        require(self.busy.isdisjoint(plan.preempted_ids[:-1]), "too many victims:", plan.preempted_ids)
         running = [
             self._rank(self.known[r.request_id]) for r in scheduler.requests if r.status is RequestStatus.RUNNING
         ]

@@ -12,7 +12,7 @@ from types import MethodType
 
 from server.engine.block_pool import BlockKey
 from server.engine.books import Entry
-from server.engine.plan import PlannedRequest, RequestOutput, StepPlan, StepResult
+from server.engine.plan import PlannedRequest, RequestOutput, StepCounters, StepPlan, StepResult
 from server.engine.request import Request, RequestStatus
 from server.engine.scheduler import Scheduler
 from tests.simulation.driver import MakeScheduler
@@ -344,6 +344,43 @@ class WorstVictimFirst(Scheduler):
         return super()._make_room(entry, preempted)
 
 
+class TooManyVictims(Scheduler):
+    """A stream goes on preempting, though the blocks it needs come back with a step in flight."""
+
+    def _make_room(self, entry: Entry, preempted: list[int]) -> bool:
+        while not super()._make_room(entry, preempted):
+            if self._running[-1] is entry:
+                return False
+        return True
+
+
+class CountsLostByRollback(Scheduler):
+    """What was counted with a step that failed is forgotten."""
+
+    def rollback(self, step_id: int) -> None:
+        super().rollback(step_id)
+        self._pending = StepCounters()
+
+
+class DiscardsNotCounted(Scheduler):
+    """Tokens drawn for requests that have ended vanish from the books."""
+
+    def update(self, result: StepResult) -> list[RequestOutput]:
+        outputs = super().update(result)
+        self.last_step.pipeline_discarded_tokens = 0
+        return outputs
+
+
+class LostByRollback(Scheduler):
+    """A request that waits for a step to be over is forgotten when that step is undone and an older one goes on."""
+
+    def rollback(self, step_id: int) -> None:
+        for flight in self._flights:
+            if self._flights[0].plan.step_id < step_id <= flight.plan.step_id:
+                flight.requeue = []
+        super().rollback(step_id)
+
+
 class FollowersWaitForEachOther(Scheduler):
     """A request waits for a prefix that another waiting request is going to compute."""
 
@@ -409,6 +446,10 @@ BUGS: dict[str, MakeScheduler] = {
         NoAging,
         TenantsInOrder,
         WorstVictimFirst,
+        TooManyVictims,
+        CountsLostByRollback,
+        DiscardsNotCounted,
+        LostByRollback,
         FollowersWaitForEachOther,
         NoReserve,
         FreeListForgotten,

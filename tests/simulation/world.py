@@ -63,7 +63,7 @@ def make_world(seed: int) -> World:
     bits = rng.choice((None, None, 1, 3, 5))
     calm = rng.random() < 0.25  # some seeds without faults: what breaks there breaks for everyone
     chances = {
-        name: 0.0 if calm or rng.random() < 0.5 else chance * rng.random()
+        name: 0.0 if calm or rng.random() < 0.35 else chance * rng.random()
         for name, chance in {
             "abort": 0.08,
             "preempt": 0.15,

@@ -233,6 +233,26 @@ def test_a_flood_leaves_the_others_their_share() -> None:
     assert order.index(20) <= 1
 
 
+def test_a_tenant_pays_for_the_tokens_it_gets_not_for_those_it_asked_for() -> None:
+    scheduler = make(max_running=1)
+    for request_id in range(12):
+        asks_for = 100 if request_id % 2 else 1
+        scheduler.add(request(request_id, 4, asks_for, tenant=str(request_id % 2)))
+    order: list[int] = []
+    while scheduler.has_work:
+        order += [output.request.request_id % 2 for output in step(scheduler, EOS)]
+    assert order == [0, 1] * 6
+
+
+def test_a_preempted_request_does_not_pay_twice() -> None:
+    scheduler = make(max_running=1)
+    scheduler.add(request(0, 4, 40, tenant="a"))
+    step(scheduler)
+    scheduler.add(request(1, 4, 4, tenant="b"))
+    scheduler.preempt(0)
+    assert [row[0] for row in shape(plan_of(scheduler))] == [0]
+
+
 # ---- memory ----
 
 
@@ -559,6 +579,38 @@ def test_a_token_drawn_for_a_request_preempted_meanwhile_is_kept() -> None:
     plan = plan_of(scheduler)
     assert shape(plan) == [(1, 4, 1)]
     assert plan.requests[0].output_index == 1
+
+
+def test_a_request_preempted_in_two_steps_is_queued_when_the_older_is_over_and_the_newer_undone() -> None:
+    scheduler = make(pipeline_depth=2)
+    item = request(1, 4)
+    scheduler.add(item)
+    first, second = plan_of(scheduler), plan_of(scheduler)
+    scheduler.preempt(1)
+    scheduler.rollback(second.step_id)
+    scheduler.check_integrity()
+    assert scheduler.schedule() is None
+    assert scheduler.pool.num_used == 2, "the older step still uses its blocks"
+    scheduler.update(result(first))
+    assert item.output_token_ids == [7]
+    assert shape(plan_of(scheduler)) == [(1, 4, 1)]
+
+
+def test_one_victim_in_flight_is_enough() -> None:
+    scheduler = make(num_blocks=9, pipeline_depth=2, prefix_caching=False)
+    for request_id in range(3):
+        scheduler.add(request(request_id, (3, 5, 5)[request_id], 24))
+    plans: list[StepPlan] = []
+    preempted: list[tuple[int, ...]] = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        if plan is not None:
+            plans.append(plan)
+            preempted.append(plan.preempted_ids)
+        if plan is None or len(plans) == 2:
+            scheduler.update(result(plans.pop(0)))
+    assert next(ids for ids in preempted if ids) == (2,)
+    assert all(len(ids) <= 1 for ids in preempted)
 
 
 def test_only_the_result_that_is_due_is_taken() -> None:
