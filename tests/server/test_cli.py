@@ -167,7 +167,7 @@ class Stream:
 
 def test_sigterm_lets_a_stream_finish(tmp_path: Path) -> None:
     with launched(tmp_path, step_seconds=0.03) as server:
-        stream = Stream(server, prompt="x", max_new_tokens=50)
+        stream = Stream(server, prompt="x", max_new_tokens=100)
         wait_for(lambda: len(stream.lines) > 3)
         server.signal(signal.SIGTERM)
         server.wait_for("/readyz", 503, 5)
