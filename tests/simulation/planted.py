@@ -328,7 +328,7 @@ class TenantsInOrder(Scheduler):
         queue = self._queue
 
         def peek(_: object) -> Request | None:
-            heads = [tenant.waiting[0] for tenant in queue._tenants.values()]
+            heads = [tenant.waiting[0] for tenant in queue._tenants.values() if tenant.waiting]
             return min(heads, key=lambda waiting: waiting.rank).request if heads else None
 
         queue.peek = MethodType(peek, queue)  # type: ignore[method-assign]

@@ -87,18 +87,22 @@ def _arrivals(rng: random.Random, config: SchedulerConfig, calm: bool) -> list[A
     tenants = ["a", "b", "c"][: rng.randint(1, 3)]
     priorities = rng.choice(((0,), (0,), (-1, 0, 3), (-100, 0)))
     flood = rng.random() < 0.4  # one tenant sends most of the requests, at once
+    lasting = rng.choice((0.2, 0.2, 1.0))  # where all requests run to their limits, memory runs short
     arrivals: list[Arrival] = []
     time = 0
-    num_requests = rng.choice((6, 12, 30, 80 if flood else 40))
+    num_requests = rng.choice((6, 12, 24, 60 if flood else 30))
     while len(arrivals) < num_requests:
         if rng.random() < (0.1 if flood else 0.4):
             time += rng.randint(1, 12)
         tenant = "a" if flood and rng.random() < 0.8 else rng.choice(tenants)
         stem = rng.choice(stems)
-        prompt = stem[: rng.randint(1, max(1, min(room - 1, rng.choice((3, 8, 40)))))]
-        if rng.random() < 0.5 and len(prompt) > 1:
+        length = rng.randint(1, max(1, min(room - 1, rng.choice((3, 8, 40)))))
+        if rng.random() < 0.3:  # whole blocks, where a prompt may be cached to its last token
+            length = max(1, length // config.block_size * config.block_size)
+        prompt = stem[:length]
+        if rng.random() < 0.4 and len(prompt) > 1:
             prompt = [*prompt[:-1], rng.randrange(VOCAB_SIZE)]
-        max_new_tokens = rng.randint(1, rng.choice((2, 8, 30)))
+        max_new_tokens = rng.randint(1, rng.choice((2, 8, 30, 60)))
         if room < config.max_model_len:  # the pool is the limit: more would not be admitted
             max_new_tokens = min(max_new_tokens, room - len(prompt))
         params = SamplingParams(
@@ -106,7 +110,7 @@ def _arrivals(rng: random.Random, config: SchedulerConfig, calm: bool) -> list[A
             min_new_tokens=rng.choice((0, 0, 3)) if max_new_tokens >= 3 else 0,
             seed=rng.getrandbits(64),
             stop_token_ids=(5,) if rng.random() < 0.2 else (),
-            ignore_eos=rng.random() < 0.3,
+            ignore_eos=rng.random() < lasting,
         )
         salt, priority = rng.choice(("", "", "", "s")), rng.choice(priorities)
         doomed = not calm and rng.random() < 0.04
