@@ -36,6 +36,9 @@ async def stream(server: RunningServer, num_tokens: int, latencies: list[float] 
         b"POST /generate HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nConnection: close\r\n"
         b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
     )
+    status = (await reader.readline()).split()[1]
+    if status != b"200":
+        raise RuntimeError(f"the server answered {status.decode()}")
     events = 0
     rest = b""
     while data := await reader.read(1 << 16):

@@ -135,7 +135,7 @@ def ready() -> Ready:
     return Ready(
         identity=identity,
         max_model_len=1 << 20,
-        num_blocks=1,
+        num_blocks=1 << 16,
         block_size=16,
         vocab_size=config.vocab_size,
         eos_token_ids=list(config.eos_token_ids),

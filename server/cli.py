@@ -82,14 +82,10 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     try:
         settings = resolve(vars(flags), os.environ)
         sock = open_socket(settings)
-        # The engine inherits the mask: a Ctrl-C goes to the whole group, and it is the parent's to act on.
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             process = spawn_engine(settings.engine_config(), command)
         except OSError as error:
             return _fail(f"the engine process cannot be started: {error.strerror or error}", EXIT_FAILED)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         return _run(settings, command, sock, process, began)
     except ConfigError as error:
         return _fail(str(error), EXIT_USAGE)

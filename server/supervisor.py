@@ -80,7 +80,12 @@ def spawn_engine(config: EngineConfig, command: Sequence[str] | None = None) -> 
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
         fd = theirs.fileno()
         arguments = [*(command or (sys.executable, "-m", "server.engine.process")), str(fd)]
-        popen = subprocess.Popen(arguments, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=2)
+        # The child inherits the mask: a Ctrl-C goes to the whole group, and it is this process that acts on it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            popen = subprocess.Popen(arguments, pass_fds=(fd,), stdin=subprocess.DEVNULL, stdout=2)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     except BaseException:
         ours.close()
         raise

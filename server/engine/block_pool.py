@@ -53,7 +53,7 @@ class BlockKey:
             encoded = extra.encode("utf-8", "surrogatepass")
             parts += (struct.pack("<I", len(encoded)), encoded)
         parts.append(struct.pack(f"<{len(self.token_ids)}q", *self.token_ids))
-        self.digest = digest(b"".join(parts))
+        self.digest: bytes = digest(b"".join(parts))
 
     def same_prefix(self, other: BlockKey) -> bool:
         """Whether both stand for the same tokens from the first on, under the same extra keys."""

@@ -231,11 +231,11 @@ def detokenizer_factory(tokenizer: Tokenizer, decoder: dict[str, Any] | None) ->
             def to_piece(token: str) -> str | int:
                 for step in replaces:
                     token = token.replace(step["pattern"]["String"], step["content"])
-                byte = _BYTE_TOKEN.match(token)
-                return int(byte.group(1), 16) if byte else token
+                byte: re.Match[str] | None = _BYTE_TOKEN.match(token)
+                return int(byte[1], 16) if byte else token
 
             piece_of = {skip: tables.cached(skip, to_piece, None) for skip in (False, True)}
-            strip = (str(stripping["content"]), int(stripping["start"]))
+            strip = (str(stripping["content"]), int(str(stripping["start"])))
             return lambda skip, continues: ByteFallbackDetokenizer(
                 piece_of[skip], (strip[0], 0) if continues else strip
             )
