@@ -153,8 +153,8 @@ async def _serve_until_stopped(
     from server.service import Service, ServiceSettings
     from server.supervisor import Limits, Supervisor
 
-    as_text = (settings.log_format or ("text" if sys.stderr.isatty() else "json")) == "text"
-    configure_logging("text" if as_text else "json")
+    configure_logging(settings.resolved_log_format)
+    as_text = settings.resolved_log_format == "text"
     metrics = Metrics()
     limits = Limits(crashes=settings.max_crashes_per_minute)
     supervisor = Supervisor(settings.engine_config(), metrics, command=command, first=process, limits=limits)

@@ -137,6 +137,11 @@ class Settings:
         "", _choice("json", "text"), "log lines: json or text", "FORMAT", "text on a terminal, else json"
     )
 
+    @property
+    def resolved_log_format(self) -> str:
+        """ "text" or "json"."""
+        return self.log_format or ("text" if sys.stderr.isatty() else "json")
+
     def engine_config(self) -> EngineConfig:
         """What the engine process is told."""
         return EngineConfig(
@@ -154,6 +159,7 @@ class Settings:
             mixed_step_tokens=self.mixed_step_tokens,
             prefix_caching=not self.no_prefix_caching,
             threads=self.threads,
+            log_format=self.resolved_log_format,
         )
 
 
@@ -206,6 +212,8 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str]) -> 
     settings = Settings(**values)
     if (settings.mixed_step_tokens or 0) > settings.max_tokens_per_step:
         raise ConfigError("--mixed-step-tokens must not be above --max-tokens-per-step")
+    if settings.max_running > settings.max_tokens_per_step:
+        raise ConfigError("--max-running must not be above --max-tokens-per-step: each stream needs a token a step")
     return settings
 
 

@@ -271,7 +271,8 @@ class Supervisor:
 
     def _give_up(self, cause: str) -> None:
         self.failure = cause
-        logger.error("%s", cause)
+        if self.ready is not None:  # else whoever waits for the start is told, by `wait_ready`
+            logger.error("%s", cause)
         self._enter("failed")
         if self.listener is not None:
             self.listener.engine_failed(cause)

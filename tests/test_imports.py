@@ -31,6 +31,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.generation": ("server.engine.request",),
     "server.metrics": ("server.engine.messages",),
     "server.engine": ("server.engine", "server.version", "models", "kernels"),
+    "server.engine.process": ("server.engine", "server.logs"),
     "server.engine.request": (),
     "server.engine.config": (),
     "server.engine.identity": (),

@@ -68,6 +68,9 @@ def build_engine(
         return _build(config, report, on_step_start)
     except (ModelError, MemorySettingError) as error:
         raise StartupError(str(error)) from error
+    except ValueError as error:
+        # What a backend or the scheduler says of numbers that it cannot work with.
+        raise StartupError(f"these settings cannot be used: {error}") from error
 
 
 def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, float], None]) -> Engine:

@@ -58,3 +58,4 @@ class EngineConfig:
     prefix_caching: bool = True
     threads: int | None = None
     heartbeat_seconds: float = 0.2
+    log_format: str = "text"

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from server.engine.block_pool import IntegrityError
 from server.engine.messages import (
     Abort,
     Delta,
@@ -40,6 +41,7 @@ from server.engine.messages import (
 )
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import AdmissionError
+from server.logs import configure_logging
 
 if TYPE_CHECKING:
     from server.engine.build import Engine
@@ -180,12 +182,17 @@ def main(fd: int) -> int:
     # A thread of a parallel region that has nothing to do sleeps instead of spinning: on a machine whose cores are also
     # needed by the HTTP process or by others, spinning made steps six times as long. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.basicConfig(level=logging.INFO, format="engine: %(levelname)s: %(message)s", stream=sys.stderr)
     connection = Connection(socket.socket(fileno=fd))
     try:
         return _run(connection)
     except ConnectionClosed:
         return 0
+    except IntegrityError as error:
+        logger.critical("the engine's books do not balance: %s", error)
+        return 1
+    except Exception:
+        logger.critical("the engine failed", exc_info=True)
+        return 1
 
 
 def _run(connection: Connection) -> int:
@@ -195,6 +202,7 @@ def _run(connection: Connection) -> int:
     init = messages.pop(0)
     if not isinstance(init, Init):
         raise TypeError(f"the first message must be Init, not {type(init).__name__}")
+    configure_logging(init.config.log_format)
     pulse = Pulse(connection, init.config.heartbeat_seconds)
 
     # Imported here, so that the heart beats while torch loads.

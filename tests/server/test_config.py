@@ -35,7 +35,7 @@ def parse(*arguments: str, **environment: str) -> Settings:
 def test_defaults() -> None:
     assert parse() == Settings()
     config = Settings().engine_config()
-    assert config == EngineConfig()
+    assert config == EngineConfig(log_format="json"), "standard error is no terminal here"
 
 
 def test_flags() -> None:
@@ -48,7 +48,7 @@ def test_flags() -> None:
     )
     config = settings.engine_config()
     assert config == EngineConfig(
-        "some/model", "r", True, "cpu", "float32", "none", 64, 8, 3 * 2**29, 3, 512, 32, False, 2
+        "some/model", "r", True, "cpu", "float32", "none", 64, 8, 3 * 2**29, 3, 512, 32, False, 2, log_format="json"
     )
     assert (settings.host, settings.port, settings.max_waiting, settings.drain_timeout) == ("::1", 9, 0, 2.5)
     assert (settings.log_format, settings.insecure, settings.max_crashes_per_minute) == ("json", True, 9)
@@ -71,6 +71,7 @@ def test_a_flag_wins_over_a_variable() -> None:
     [
         ("--port 65536", "--port: '65536' is not an integer from 0 to 65535"),
         ("--port x", "--port: 'x' is not an integer"),
+        ("--max-running 9 --max-tokens-per-step 8", "--max-running must not be above --max-tokens-per-step"),
         ("--port ٣", "--port: '٣' is not an integer"),
         ("--port 8000.0", "is not an integer"),
         ("--max-running 0", "is not an integer from 1"),
