@@ -137,7 +137,10 @@ def bench_model(
     """One row for each batch size: rates of engine and peer, their ratio, and the engine's share of the floor."""
     from transformers import AutoModelForCausalLM
 
-    engine = build_engine(EngineConfig(model=path, max_running=max(BATCH_SIZES)))
+    # All prompts of the largest batch fit into one step, so that every request decodes from the second step on.
+    engine = build_engine(
+        EngineConfig(model=path, max_running=max(BATCH_SIZES), max_tokens_per_step=max(BATCH_SIZES) * PROMPT_LEN)
+    )
     peer = AutoModelForCausalLM.from_pretrained(str(engine.model_path), dtype=torch.bfloat16)
     vocab_size = engine.vocab_size
 

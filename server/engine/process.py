@@ -179,9 +179,9 @@ def main(fd: int) -> int:
     # The parent decides when this process ends; a Ctrl-C or a SIGTERM to the whole group must not cut a drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # A thread of a parallel region that has nothing to do sleeps instead of spinning: on a machine whose cores are also
-    # needed by the HTTP process or by others, spinning made steps six times as long. Read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread of a parallel region that has nothing to do spins for a moment only, then sleeps: on a machine whose cores
+    # the HTTP process or others need too, spinning on made steps six times as long. Read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     connection = Connection(socket.socket(fileno=fd))
     try:
         return _run(connection)
