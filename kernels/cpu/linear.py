@@ -6,9 +6,10 @@ pass emits for every linear layer on a CPU since torch 2.0, and the public F.lin
 
 Rows. oneDNN walks K in one order whatever the number of rows, except that it may take another kernel (a matrix-vector
 product) for a single row, seen with N=8192, K=2048 in bf16 and with most float32 shapes. So fewer than four rows are
-computed as four, which is also faster than two (N=4096, K=768, bf16, weights from memory, two Zen 4 cores: 0.30 ms
-against 0.33, N=32000: 2.4 against 4.0). The rest is measured, not promised by oneDNN: `prepare` therefore compares, once per shape, the bits of rows
-computed in calls of different sizes, and where they differ falls back to calls of exactly `FIXED_ROWS` rows.
+computed as four, which is also faster than two (K=768, bf16, weights from memory, two Zen 4 cores: N=4096 0.30 ms
+against 0.33, N=32000 2.4 against 4.0). The rest is measured, not promised by oneDNN: `prepare` therefore compares, once
+per shape, the bits of rows computed in calls of different sizes, and where they differ falls back to calls of exactly
+`FIXED_ROWS` rows.
 """
 
 from __future__ import annotations

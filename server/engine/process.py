@@ -179,8 +179,8 @@ def main(fd: int) -> int:
     # The parent decides when this process ends; a Ctrl-C or a SIGTERM to the whole group must not cut a drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # A thread of a parallel region that has nothing to do spins for a moment only, then sleeps: on a machine whose cores
-    # the HTTP process or others need too, spinning on made steps six times as long. Read when torch is loaded.
+    # A thread of a parallel region that has nothing to do spins for a moment only, then sleeps: where the HTTP process
+    # or others need the cores too, spinning on made steps six times as long. Read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     connection = Connection(socket.socket(fileno=fd))
     try:
