@@ -40,6 +40,8 @@ class EngineConfig:
     max_model_len     None: what the model was made for, as far as the memory carries one such sequence
     kv_cache_bytes    None: a share of the memory that is free once the weights are loaded
     mixed_step_tokens None: measured at warm-up
+    heartbeat_seconds time from one sign of life to the next
+    log_format        "text" or "json", like the server's own lines
     threads           CPU threads of the engine; None: the physical cores this process may use
     """
 

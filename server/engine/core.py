@@ -106,15 +106,31 @@ class EngineCore:
         plan = self.scheduler.schedule()
         if plan is None:
             return []
+        started = self._clock()
         try:
-            return [self._execute(plan)]
+            result = self._run(plan)
         except Exception:
             logger.exception("step %d failed; computing its %d requests one by one", plan.step_id, len(plan.requests))
             self.scheduler.rollback(plan.step_id)
-        outcomes = (self._execute_alone(planned.request) for planned in plan.requests)
-        return [outcome for outcome in outcomes if outcome is not None]
+            outcomes = (self._step_alone(planned.request) for planned in plan.requests)
+            return [outcome for outcome in outcomes if outcome is not None]
+        return [self._finish(plan, result, started)]
 
-    def _execute(self, plan: StepPlan) -> StepOutcome:
+    def _step_alone(self, request: Request) -> StepOutcome | None:
+        plan = self.scheduler.schedule(only=request.request_id)
+        if plan is None:
+            return None  # it has to stand still for lack of blocks; a later step will find out about it
+        started = self._clock()
+        try:
+            result = self._run(plan)
+        except Exception as error:
+            logger.exception("request %d fails alone and ends", request.request_id)
+            row = RowResult(request.request_id, (), f"the forward pass raised {type(error).__name__}")
+            result = StepResult(plan.step_id, (row,))
+        return self._finish(plan, result, started)
+
+    def _run(self, plan: StepPlan) -> StepResult:
+        """The forward pass and the draw. Raises what the device raises: only this may fail and be tried again."""
         num_tokens = plan.num_tokens
         self._on_step_start(plan.step_id, self._cost.predict(num_tokens))
         started = self._clock()
@@ -123,23 +139,11 @@ class EngineCore:
             if timeline.scheduled is None:
                 timeline.scheduled = started
         result = self._runner.run(plan)
+        self._cost.observe(num_tokens, self._clock() - started)
+        return result
+
+    def _finish(self, plan: StepPlan, result: StepResult, started: float) -> StepOutcome:
         ended = self._clock()
-        self._cost.observe(num_tokens, ended - started)
-        return self._finish(plan, result, started, ended)
-
-    def _execute_alone(self, request: Request) -> StepOutcome | None:
-        plan = self.scheduler.schedule(only=request.request_id)
-        if plan is None:
-            return None  # it has to stand still for lack of blocks; a later step will find out about it
-        try:
-            return self._execute(plan)
-        except Exception as error:
-            logger.exception("request %d fails alone and ends", request.request_id)
-            now = self._clock()
-            row = RowResult(request.request_id, (), f"the forward pass raised {type(error).__name__}")
-            return self._finish(plan, StepResult(plan.step_id, (row,)), now, now)
-
-    def _finish(self, plan: StepPlan, result: StepResult, started: float, ended: float) -> StepOutcome:
         outputs = self.scheduler.update(result)
         first_tokens: dict[int, Timeline] = {}
         for output in outputs:
