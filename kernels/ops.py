@@ -1,6 +1,6 @@
 """The contract between a model and a device.
 
-A backend (`ReferenceOps`, `CpuOps`, later `CudaOps`) is an object built once. It owns its workspaces and the layout of
+A backend (`ReferenceOps`, `CpuOps`, `CudaOps`) is an object built once. It owns its workspaces and the layout of
 prepared weights and of the KV cache; the model sees only the methods below. Shapes use these letters:
 
     T   tokens in this step, of all sequences, back to back      R   rows to sample
@@ -30,6 +30,8 @@ class KVCacheSpec:
     """What one layer needs to remember of one token.
 
     `sliding_window` is the number of most recent tokens (itself included) that a query attends to, or None for all.
+    `dtype` is that of K and V as stored; torch.int8 adds one float32 scale for each token and head, of K and of V
+    (symmetric, `kernels.int8`).
     """
 
     num_kv_heads: int
@@ -41,7 +43,8 @@ class KVCacheSpec:
     @property
     def bytes_per_block(self) -> int:
         """Bytes that one block (`block_size` tokens, K and V) takes in this layer."""
-        return 2 * self.block_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale_bytes = 4 if self.dtype == torch.int8 else 0
+        return 2 * self.block_size * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale_bytes)
 
 
 class KVCache(Protocol):
@@ -108,6 +111,22 @@ class AttentionMetadata:
     block_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class QuantizedActivations:
+    """Activations as the integer products take them: x is about values * scales[:, None].
+
+    values: int8 [T, K]; scales: float32 [T], one a token (`kernels.int8`). A row that held a NaN or an infinity has a
+    scale that is not finite, so that whatever is computed from it is not finite either.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+
+# What goes into a linear layer: [T, K] in the backend's dtype or, where asked for, QuantizedActivations. Only `linear`
+# looks inside.
+Activations = Tensor | Any
+
 # What a backend makes of AttentionMetadata once a step, for all layers: index tensors on its device, in its layout.
 AttentionPlan = Any
 
@@ -130,6 +149,9 @@ class SamplingMetadata:
       biases         (row, token id, value added to the logit); -inf forbids a token (`min_new_tokens`, bad words)
       allowed        row -> the only token ids allowed
       prompt_tokens, output_tokens   row -> token ids so far, present only for rows with a penalty that is on
+
+    num_logprobs   None: none. n >= 0: also the log-probability of each row's token, and those of the n most likely
+                   tokens, all from the logits as they came, before any bias, penalty, temperature or filter
     """
 
     seeds: Sequence[int]
@@ -147,6 +169,7 @@ class SamplingMetadata:
     allowed: dict[int, Sequence[int]] = field(default_factory=dict)
     prompt_tokens: dict[int, Sequence[int]] = field(default_factory=dict)
     output_tokens: dict[int, Sequence[int]] = field(default_factory=dict)
+    num_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +177,18 @@ class SampleResult:
     """token_ids: int64 [R]; undefined where `finite` is false.
 
     finite: bool [R]: false where the row's logits, before any filter, held a NaN or an infinity.
+
+    With `num_logprobs` = n, else None; undefined where `finite` is false:
+    logprobs      float32 [R]: natural logarithm of the raw probability of the row's token
+    top_ids       int64 [R, n]: the n most likely tokens, most likely first, the lower id first on a tie
+    top_logprobs  float32 [R, n]: theirs
     """
 
     token_ids: Tensor
     finite: Tensor
+    logprobs: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
 
 
 class Ops(Protocol):
@@ -174,7 +205,11 @@ class Ops(Protocol):
     def prepare_linear(
         self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
     ) -> LinearWeight:
-        """Take a weight [N, K] (and bias [N]) in its checkpoint's dtype; return it in this backend's layout."""
+        """Take a weight [N, K] (and bias [N]) in its checkpoint's dtype; return it in this backend's layout.
+
+        "w8a16" and "w8a8" store int8 with one float32 scale an output feature (`kernels.int8`). A mode that the backend
+        does not have raises ValueError.
+        """
         ...
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> KVCache:
@@ -189,20 +224,33 @@ class Ops(Protocol):
         """token_ids int64 [T], weight [V, H] -> [T, H]."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight, statistics in float32 (arXiv:1910.07467)."""
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
+        """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight, statistics in float32 (arXiv:1910.07467).
+
+        With `quantize`, here and below, the result is made QuantizedActivations in the same pass: for a w8a8 linear.
+        """
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is never quantized."""
         ...
 
-    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32 or wider."""
+    def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
+        """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32 or wider.
+
+        A w8a8 weight quantizes an x that is not quantized yet; every other weight refuses one that is.
+        """
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (SwiGLU, arXiv:2002.05202)."""
+        ...
+
+    def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
+        """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I]: GeGLU with the tanh form of gelu
+        (arXiv:1606.08415), x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
         ...
 
     def write_kv(
@@ -240,8 +288,11 @@ class Ops(Protocol):
         """
         ...
 
-    def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SampleResult:
+    def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
         """logits [R, V] -> one token a row, by the integer rule of docs/design.md ("Sampling").
+
+        pending: int64 [R] on the device: for each row, the last token of its output where the host did not know it yet
+        when it wrote `metadata.output_tokens` (a step in flight draws it), else -1. Penalties count it.
 
         Order: bias and allowed ids, penalties, temperature, top-k, top-p, min-p, typical-p. A row's NaN touches no
         other row. A row of which every token is forbidden gives id 0.

@@ -13,26 +13,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.checks import check_attention
+from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.ops import (
+    Activations,
     AttentionMetadata,
     KVCache,
     KVCacheSpec,
     LinearWeight,
     QuantizationMode,
+    QuantizedActivations,
     RotaryTable,
     SampleResult,
     SamplingMetadata,
 )
 from kernels.philox import random_31_bits
-from kernels.sampling import check_sampling, draw, kept_weights
+from kernels.sampling import check_sampling, draw, kept_weights, log_probabilities, with_pending
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLinear:
-    """weight float32 [N, K], bias float32 [N] or None."""
+    """weight [N, K]: float32, or int8 with scales float32 [N]; bias float32 [N] or None."""
 
     weight: Tensor
+    scales: Tensor | None
     bias: Tensor | None
+    mode: QuantizationMode
 
     @property
     def out_features(self) -> int:
@@ -47,12 +52,32 @@ class ReferenceLinear:
 
 @dataclass(slots=True)
 class ReferenceKVCache:
-    """keys, values: [num_blocks, block_size, Hkv, D] in `spec.dtype`."""
+    """keys, values: [num_blocks, block_size, Hkv, D] in `spec.dtype`.
+
+    key_scales, value_scales: float32 [num_blocks, block_size, Hkv]; they are used where `spec.dtype` is int8.
+    """
 
     spec: KVCacheSpec
     num_blocks: int
     keys: Tensor
     values: Tensor
+    key_scales: Tensor
+    value_scales: Tensor
+
+    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store float32 [T, Hkv, D] each at slots int64 [T], converted to the cache's dtype."""
+        for stored, scales, new in ((self.keys, self.key_scales, key), (self.values, self.value_scales, value)):
+            if self.spec.dtype == torch.int8:
+                new, scales.flatten(0, 1)[slots] = quantize_rows(new)
+            stored.flatten(0, 1)[slots] = new.to(self.spec.dtype)
+
+    def read(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V at slots int64 [L], float32 [L, Hkv, D] each."""
+        pairs = ((self.keys, self.key_scales), (self.values, self.value_scales))
+        found = [(stored.flatten(0, 1)[slots], scales.flatten(0, 1)[slots]) for stored, scales in pairs]
+        if self.spec.dtype == torch.int8:
+            return dequantize_rows(*found[0]), dequantize_rows(*found[1])
+        return found[0][0].to(torch.float32), found[1][0].to(torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +100,19 @@ class ReferenceOps:
     def prepare_linear(
         self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
     ) -> LinearWeight:
-        """Convert to float32. Raises ValueError for any mode but "none"."""
-        if mode != "none":
-            raise ValueError(f"mode {mode!r} is not built for the reference backend; use 'none'")
+        """Convert to float32, or quantize the weight's rows to int8 (`kernels.int8`)."""
         if weight.dim() != 2:
             raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
-        return ReferenceLinear(weight.to(self.dtype), None if bias is None else bias.to(self.dtype))
+        own_bias = None if bias is None else bias.to(self.dtype)
+        if mode == "none":
+            return ReferenceLinear(weight.to(self.dtype), None, own_bias, mode)
+        return ReferenceLinear(*quantize_rows(weight), own_bias, mode)
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> ReferenceKVCache:
         """Zeros, [num_blocks, block_size, Hkv, D], for keys and for values."""
         shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         keys, values = torch.zeros(shape, dtype=spec.dtype), torch.zeros(shape, dtype=spec.dtype)
-        return ReferenceKVCache(spec, num_blocks, keys, values)
+        return ReferenceKVCache(spec, num_blocks, keys, values, torch.zeros(shape[:3]), torch.zeros(shape[:3]))
 
     def plan(self, metadata: AttentionMetadata) -> ReferencePlan:
         """Find the slot of every token of every sequence."""
@@ -102,26 +128,47 @@ class ReferenceOps:
         """token_ids int64 [T], weight [V, H] -> [T, H]."""
         return F.embedding(token_ids, weight).to(self.dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
         x = x.to(self.dtype)
-        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(self.dtype)
+        normalized = x / torch.sqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(self.dtype)
+        return QuantizedActivations(*quantize_rows(normalized)) if quantize else normalized
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
         total = x.to(self.dtype) + residual.to(self.dtype)
-        return self.rms_norm(total, weight, eps), total
+        return self.rms_norm(total, weight, eps, quantize), total
 
-    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        """x [T, K] -> x @ W^T + bias, [T, N]."""
+    def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
+        """x [T, K] -> x @ W^T + bias, [T, N]. A product of int8 by int8 is exact until it is scaled."""
         if not isinstance(weight, ReferenceLinear):
             raise ValueError("weight was not made by this backend's prepare_linear")
-        return F.linear(x.to(self.dtype), weight.weight, weight.bias)
+        if isinstance(x, QuantizedActivations) and weight.mode != "w8a8":
+            raise ValueError(f"x is quantized; a weight of mode {weight.mode!r} takes it unquantized")
+        if weight.scales is None:
+            return F.linear(x.to(self.dtype), weight.weight, weight.bias)
+        if weight.mode == "w8a16":
+            y = F.linear(x.to(self.dtype), weight.weight.to(self.dtype)) * weight.scales
+        else:
+            quantized = x if isinstance(x, QuantizedActivations) else QuantizedActivations(*quantize_rows(x))
+            # Sums of up to 2^17 products of 8-bit integers are exact in float64.
+            product = F.linear(quantized.values.to(torch.float64), weight.weight.to(torch.float64))
+            y = product.to(self.dtype) * quantized.scales[:, None] * weight.scales
+        return y if weight.bias is None else y + weight.bias
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
-        return F.silu(gate) * up
+        product = F.silu(gate) * up
+        return QuantizedActivations(*quantize_rows(product)) if quantize else product
+
+    def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
+        """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
+        gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
+        product = F.gelu(gate, approximate="tanh") * up
+        return QuantizedActivations(*quantize_rows(product)) if quantize else product
 
     def write_kv(
         self,
@@ -156,8 +203,7 @@ class ReferenceOps:
         positions = torch.cat([torch.arange(len(slots) - new, len(slots)) for new, slots in pairs])
         new_slots = torch.cat([slots[len(slots) - new :] for new, slots in pairs])
         key = _rotate(key, rotary, positions)
-        cache.keys.flatten(0, 1)[new_slots] = key.to(cache.spec.dtype)
-        cache.values.flatten(0, 1)[new_slots] = value.to(cache.spec.dtype)
+        cache.write(new_slots, key, value.to(self.dtype))
         return _rotate(query, rotary, positions)
 
     def paged_attention(
@@ -171,8 +217,7 @@ class ReferenceOps:
         outputs = []
         for q, slots in zip(torch.split(query.to(self.dtype), plan.query_lens), plan.slots, strict=True):
             length, new = len(slots), len(q)
-            k = cache.keys.flatten(0, 1)[slots].to(self.dtype)
-            v = cache.values.flatten(0, 1)[slots].to(self.dtype)
+            k, v = cache.read(slots)
             k = k.repeat_interleave(heads // kv_heads, dim=1)  # [L, Hq, D]
             v = v.repeat_interleave(heads // kv_heads, dim=1)
             scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -186,7 +231,7 @@ class ReferenceOps:
             outputs.append(torch.einsum("hqk,khd->qhd", probabilities, v))
         return torch.cat(outputs).flatten(1)
 
-    def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SampleResult:
+    def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
         """logits [R, V] -> one token a row, by the rule of `kernels.sampling`.
 
         A row that is not finite, or of which every token is forbidden, gives id 0.
@@ -195,11 +240,13 @@ class ReferenceOps:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
         rows, vocab = logits.shape
         check_sampling(metadata, rows, vocab)
+        metadata = with_pending(metadata, pending)
         finite = torch.isfinite(logits).all(-1)
         values = logits.to(torch.float32).numpy()
         random = random_31_bits(metadata.seeds, metadata.positions, metadata.choices)
         tokens = [draw(kept_weights(values[r], metadata, r), int(random[r])) for r in range(rows)]
-        return SampleResult(torch.tensor(tokens, dtype=torch.int64), finite)
+        token_ids = torch.tensor(tokens, dtype=torch.int64)
+        return SampleResult(token_ids, finite, *log_probabilities(logits, token_ids, metadata.num_logprobs))
 
 
 def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:

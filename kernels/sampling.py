@@ -21,12 +21,15 @@ This module computes one row at a time and favours clarity. A faster backend mus
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from kernels.ops import SamplingMetadata
 
@@ -122,6 +125,34 @@ def check_sampling(metadata: SamplingMetadata, rows: int, vocab: int) -> None:
                 raise ValueError(f"metadata.{name}[{row}] holds a token id outside 0 to {vocab - 1}")
             if name == "allowed" and not len(tokens):
                 raise ValueError(f"metadata.allowed[{row}] is empty: no token could be drawn")
+    if m.num_logprobs is not None and not 0 <= m.num_logprobs <= vocab:
+        raise ValueError(f"metadata.num_logprobs is {m.num_logprobs}; allowed is 0 to {vocab}, or None")
+
+
+def with_pending(metadata: SamplingMetadata, pending: Tensor | None) -> SamplingMetadata:
+    """The metadata with each row's pending token (int64 [R], -1: none) as the last of its output tokens."""
+    if pending is None:
+        return metadata
+    output_tokens = {
+        row: (*tokens, token) if (token := int(pending[row])) >= 0 else tokens
+        for row, tokens in metadata.output_tokens.items()
+    }
+    return dataclasses.replace(metadata, output_tokens=output_tokens)
+
+
+def log_probabilities(
+    logits: Tensor, token_ids: Tensor, count: int | None
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
+    """logits [R, V], token_ids int64 [R] -> (logprobs [R], top_ids [R, count], top_logprobs [R, count]).
+
+    In float64, rounded once to float32. The most likely tokens come first, of equal ones the lower id. Count None: Nones.
+    """
+    if count is None:
+        return None, None, None
+    logprobs = torch.log_softmax(logits.to(torch.float64), dim=-1).to(torch.float32)
+    top_ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :count]
+    chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
+    return chosen, top_ids, logprobs.gather(1, top_ids)
 
 
 def adjust_logits(

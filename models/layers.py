@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import (
+    Activations,
     AttentionPlan,
     KVCache,
     KVCacheSpec,
@@ -158,9 +159,14 @@ class Linear:
         """Take the whole weight [N, K] and bias [N] at once, instead of through the slots."""
         self.weight = self.ops.prepare_linear(weight, bias, self.mode)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         """x [T, K] -> [T, N]."""
         return self.ops.linear(x, self.weight)
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether what comes before should hand over quantized activations, so that this layer need not make them."""
+        return self.mode == "w8a8"
 
     @property
     def nbytes(self) -> int:
@@ -230,11 +236,12 @@ class Attention:
             slots |= self.query_norm.slots(f"{prefix}q_norm") | self.key_norm.slots(f"{prefix}k_norm")
         return slots
 
-    def __call__(self, x: Tensor, rotary: RotaryTable, kv_cache: KVCache, plan: AttentionPlan) -> Tensor:
+    def __call__(self, x: Activations, rotary: RotaryTable, kv_cache: KVCache, plan: AttentionPlan) -> Tensor:
         """x [T, H] -> [T, H]; writes the K and V of the T tokens to `kv_cache`."""
-        num_tokens = x.shape[0]
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        query, key, value = torch.split(self.qkv(x), [q_size, kv_size, kv_size], dim=1)  # views [T, heads * D]
+        packed = self.qkv(x)
+        num_tokens = packed.shape[0]
+        query, key, value = torch.split(packed, [q_size, kv_size, kv_size], dim=1)  # views [T, heads * D]
         query = self.ops.write_kv(
             query.view(num_tokens, self.num_heads, self.head_dim),
             key.view(num_tokens, self.num_kv_heads, self.head_dim),
@@ -267,9 +274,9 @@ class MLP:
         """The slots of the three projections."""
         return self.gate_up.slots(prefix) | self.down.slots(prefix)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Activations) -> Tensor:
         """x [T, H] -> [T, H]."""
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
+        return self.down(self.ops.silu_mul(self.gate_up(x), self.down.quantizes_input))
 
     @property
     def nbytes(self) -> int:

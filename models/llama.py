@@ -82,14 +82,18 @@ class Llama:
         """token_ids int64 [T] -> hidden states after the last norm, [T, H]; see models.layers.DecoderModel."""
         ops, eps = self.ops, self.config.rms_norm_eps
         residual = self.embedding(token_ids)
-        x = ops.rms_norm(residual, self.layers[0].attention_norm.weight, eps)
+        first = self.layers[0]
+        x = ops.rms_norm(residual, first.attention_norm.weight, eps, first.attention.qkv.quantizes_input)
         # The norm that ends a layer is the one that begins the next: so each is fused with the addition before it.
-        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, rotary, cache, next_norm in zip(self.layers, self.rotary_tables, kv_caches, next_norms, strict=True):
+        next_norms = [(layer.attention_norm, layer.attention.qkv.quantizes_input) for layer in self.layers[1:]]
+        next_norms.append((self.norm, False))  # of the last one few rows go on to the head
+        for layer, rotary, cache, (next_norm, quantize) in zip(
+            self.layers, self.rotary_tables, kv_caches, next_norms, strict=True
+        ):
             x = layer.attention(x, rotary, cache, plan)
-            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm.weight, eps)
+            x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm.weight, eps, layer.mlp.gate_up.quantizes_input)
             x = layer.mlp(x)
-            x, residual = ops.add_rms_norm(x, residual, next_norm.weight, eps)
+            x, residual = ops.add_rms_norm(x, residual, next_norm.weight, eps, quantize)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ outputs among threads); the one exception, a single row of 32,768 elements or mo
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -64,8 +66,20 @@ def silu_mul(gate_up: Tensor, workspace: Workspace) -> Tensor:
     """gate_up [T, 2*I] -> gate / (1 + exp(-gate)) * up, [T, I], float32 until the last rounding."""
     shape = (gate_up.shape[0], gate_up.shape[1] // 2)
     result = workspace.take("gate", shape, torch.float32).copy_(gate_up[:, : shape[1]])
-    denominator = torch.neg(result, out=workspace.take("silu", shape, torch.float32))
+    denominator = torch.neg(result, out=workspace.take("gate term", shape, torch.float32))
     exp_(denominator).add_(1.0)
     result.div_(denominator)
     result.mul_(denominator.copy_(gate_up[:, shape[1] :]))
+    return result.to(gate_up.dtype, copy=True)
+
+
+def gelu_mul(gate_up: Tensor, workspace: Workspace) -> Tensor:
+    """gate_up [T, 2*I] -> gate / 2 * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 gate^3))) * up, [T, I], in float32."""
+    shape = (gate_up.shape[0], gate_up.shape[1] // 2)
+    result = workspace.take("gate", shape, torch.float32).copy_(gate_up[:, : shape[1]])
+    term = torch.mul(result, result, out=workspace.take("gate term", shape, torch.float32))
+    term.mul_(0.044715).add_(1.0).mul_(result).mul_(math.sqrt(2.0 / math.pi))
+    tanh_(term).add_(1.0).mul_(0.5)
+    result.mul_(term)
+    result.mul_(term.copy_(gate_up[:, shape[1] :]))
     return result.to(gate_up.dtype, copy=True)

@@ -14,6 +14,7 @@ from kernels.cpu.rotary import write_kv
 from kernels.cpu.sampling import sample
 from kernels.cpu.workspace import Workspace
 from kernels.ops import (
+    Activations,
     AttentionMetadata,
     KVCache,
     KVCacheSpec,
@@ -23,6 +24,7 @@ from kernels.ops import (
     SampleResult,
     SamplingMetadata,
 )
+from kernels.sampling import with_pending
 
 
 def has_fast_bf16() -> bool:
@@ -89,21 +91,24 @@ class CpuOps:
         """token_ids int64 [T], weight [V, H] -> [T, H]."""
         return F.embedding(token_ids, weight).to(self.dtype)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
+        _refuse_int8(quantize)
         if x.dim() != 2 or weight.shape != x.shape[1:]:
             raise ValueError(f"weight must be [H] for x [T, H], got {tuple(weight.shape)} and {tuple(x.shape)}")
         normalized = elementwise.normalize(x, eps, self._workspace)
         return torch.mul(normalized, weight, out=torch.empty(x.shape, dtype=self.dtype))
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is rounded before the norm."""
         if x.shape != residual.shape:
             raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
         total = x + residual
-        return self.rms_norm(total, weight, eps), total
+        return self.rms_norm(total, weight, eps, quantize), total
 
-    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+    def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32."""
         if not isinstance(weight, CpuLinear):
             raise ValueError("weight was not made by this backend's prepare_linear")
@@ -111,11 +116,17 @@ class CpuOps:
             raise ValueError(f"x must be [T, {weight.in_features}] for this weight, got {tuple(x.shape)}")
         return linear.apply(x.to(self.dtype), weight)
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
-        if gate_up.dim() != 2 or gate_up.shape[1] % 2 != 0:
-            raise ValueError(f"gate_up must be [T, 2*I], got {tuple(gate_up.shape)}")
+        _refuse_int8(quantize)
+        _check_gate_up(gate_up)
         return elementwise.silu_mul(gate_up, self._workspace)
+
+    def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
+        """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
+        _refuse_int8(quantize)
+        _check_gate_up(gate_up)
+        return elementwise.gelu_mul(gate_up, self._workspace)
 
     def write_kv(
         self,
@@ -164,11 +175,11 @@ class CpuOps:
         output = attention.paged_attention(own, cache, plan, scale, softcap, one_height, self._workspace)
         return output.to(self.dtype)
 
-    def sample(self, logits: Tensor, metadata: SamplingMetadata) -> SampleResult:
+    def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
         """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
-        return sample(logits, metadata, self._workspace)
+        return sample(logits, with_pending(metadata, pending), self._workspace)
 
     def _heights(self, head_dim: int, dtype: torch.dtype, rows: int, softcap: bool) -> bool:
         """Whether prompts may use tall tiles beside decode tiles of `rows` rows; checked once."""
@@ -188,6 +199,17 @@ class CpuOps:
                 both = torch.cat([query_norm.expand(heads, -1), key_norm.expand(kv_heads, -1)]).float()
             found = self._norms[key] = (query_norm, key_norm, both)  # kept alive, so that ids stay their own
         return found[2]
+
+
+def _refuse_int8(quantize: bool) -> None:
+    """Quantized activations feed w8a8 linears, which this backend's prepare_linear refuses to make."""
+    if quantize:
+        raise ValueError("quantize is not built yet for the CPU backend")
+
+
+def _check_gate_up(gate_up: Tensor) -> None:
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2 != 0:
+        raise ValueError(f"gate_up must be [T, 2*I], got {tuple(gate_up.shape)}")
 
 
 def _own_cache(cache: KVCache, plan: CpuPlan) -> CpuKVCache:

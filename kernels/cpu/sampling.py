@@ -27,6 +27,7 @@ from kernels.sampling import (
     check_sampling,
     draw,
     kept_weights,
+    log_probabilities,
     min_p_weight,
     multiply_shift_ceil,
     multiply_shift_floor,
@@ -63,7 +64,8 @@ def sample(logits: Tensor, metadata: SamplingMetadata, workspace: Workspace) -> 
                 if token is None:
                     token = draw(kept_weights(raw, metadata, row), random[row])
                 tokens[row] = token
-    return SampleResult(torch.tensor(tokens, dtype=torch.int64), torch.tensor(finite))
+    token_ids = torch.tensor(tokens, dtype=torch.int64)
+    return SampleResult(token_ids, torch.tensor(finite), *log_probabilities(logits, token_ids, metadata.num_logprobs))
 
 
 class _Sampler:

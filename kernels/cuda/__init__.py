@@ -1,0 +1,1 @@
+"""The backend for NVIDIA GPUs: the operations of kernels.ops in Triton."""

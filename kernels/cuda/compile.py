@@ -1,0 +1,168 @@
+"""Ahead-of-time compilation of the kernels for a GPU that need not be there, and what the machine code tells.
+
+A kernel's module lists its `Variant`s: the combinations of types, constants and alignment that service can meet.
+`compile_variant` runs Triton's compiler for compute capability 8.0, 9.0 or 10.0 and reads from the result the registers
+and stack of a thread, the shared memory of a block, and the matrix instruction: the facts that decide a kernel's speed
+and, for the matrix instruction, its bits. Not possible in a process with TRITON_INTERPRET=1.
+
+    python -m kernels.cuda.compile [--capability 90] [--json]      prints the table of all variants
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CAPABILITIES = (80, 90, 100)
+SHARED_MEMORY_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
+"""The most shared memory that one block may have, by capability (CUDA C++ Programming Guide, table of capabilities)."""
+
+MODULES = ("attention", "kv_cache", "linear", "norm", "activation", "sampling", "plan")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel with everything fixed that decides its machine code.
+
+    name       unique within its module, such as "decode d128 bf16"
+    fn         the @triton.jit function
+    signature  type of every parameter that is no constant: "*bf16", "*i32", "i32", "fp32", "tensordesc<…>"
+    constants  value of every tl.constexpr parameter
+    aligned    parameters that are multiples of 16: pointers, strides, sizes
+    num_warps, num_stages   as launched
+    hot        it runs in every step: it must not spill registers
+    matrix     whether it must use the tensor cores
+    """
+
+    name: str
+    fn: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    aligned: frozenset[str] = frozenset()
+    num_warps: int = 4
+    num_stages: int = 3
+    hot: bool = True
+    matrix: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What became of a variant on one capability.
+
+    registers, stack_bytes  of a thread; a stack means spilled registers
+    shared_bytes            of a block
+    matrix                  the tensor-core instructions, such as "wgmma m64n16k16", sorted; empty if there is none
+    tma                     whether tiles come through the tensor memory accelerator
+    """
+
+    module: str
+    name: str
+    capability: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    matrix: tuple[str, ...]
+    tma: bool
+
+
+def all_variants(capability: int) -> Iterator[tuple[str, Variant]]:
+    """(module, variant) of every kernel in this package."""
+    for name in MODULES:
+        module = importlib.import_module(f"kernels.cuda.{name}")
+        for variant in module.variants(capability):
+            yield name, variant
+
+
+def compile_variant(module: str, variant: Variant, capability: int) -> Compiled:
+    """Compile and inspect. Raises what Triton raises for a kernel that does not compile."""
+    names = variant.fn.arg_names
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    unknown = {*variant.signature, *variant.constants, *variant.aligned} - set(names)
+    missing = {n for n, kind in signature.items() if kind == "constexpr"} - set(variant.constants)
+    if unknown or missing:
+        raise ValueError(f"{module}, {variant.name}: unknown parameters {unknown}, parameters without value {missing}")
+    source = ASTSource(
+        fn=variant.fn,
+        signature=signature,
+        constexprs=dict(variant.constants),
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack_bytes = _resources(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    return Compiled(
+        module=module,
+        name=variant.name,
+        capability=capability,
+        registers=registers,
+        stack_bytes=stack_bytes,
+        shared_bytes=kernel.metadata.shared,
+        matrix=_matrix_instructions(ptx),
+        tma="cp.async.bulk.tensor" in ptx,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, as the disassembler that comes with Triton tells them."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing about registers: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _matrix_instructions(ptx: str) -> tuple[str, ...]:
+    """Family and shape of every tensor-core instruction in the code."""
+    found: set[str] = set()
+    for match in re.finditer(r"\b(mma\.sync|wgmma\.mma_async)\S*?\.(m\d+n\d+k\d+)\b", ptx):
+        found.add(f"{match[1].split('.')[0]} {match[2]}")
+    for match in re.finditer(r"\btcgen05\.mma\S*?\.kind::(\w+)", ptx):
+        found.add(f"tcgen05 {match[1]}")
+    return tuple(sorted(found))
+
+
+def main() -> None:
+    """Compile everything and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.cuda.compile", description=__doc__.splitlines()[0])
+    parser.add_argument("--capability", type=int, choices=CAPABILITIES, action="append", help="default: all")
+    parser.add_argument("--module", choices=MODULES, action="append", help="default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
+    arguments = parser.parse_args()
+    for capability in arguments.capability or CAPABILITIES:
+        for module, variant in all_variants(capability):
+            if arguments.module and module not in arguments.module:
+                continue
+            result = compile_variant(module, variant, capability)
+            if arguments.json:
+                print(json.dumps(asdict(result)), flush=True)
+            else:
+                print(
+                    f"sm_{capability:<4}{module:12}{variant.name:40}{result.registers:4} registers "
+                    f"{result.stack_bytes:4} stack {result.shared_bytes:7} shared  {', '.join(result.matrix)}"
+                    f"{'  tma' if result.tma else ''}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

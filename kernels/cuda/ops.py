@@ -1,0 +1,150 @@
+"""CudaOps: checks of arguments, and the backend's state. The kernels are in the modules beside this one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.checks import check_attention
+from kernels.cuda import activation, attention, linear, norm, sampling
+from kernels.cuda import kv_cache as kv_cache_module
+from kernels.cuda.common import device_type
+from kernels.cuda.kv_cache import CudaKVCache
+from kernels.cuda.linear import CudaLinear
+from kernels.cuda.plan import CudaPlan, make_plan
+from kernels.cuda.upload import Upload
+from kernels.cuda.workspace import Workspace
+from kernels.ops import (
+    Activations,
+    AttentionMetadata,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    QuantizationMode,
+    QuantizedActivations,
+    RotaryTable,
+    SampleResult,
+    SamplingMetadata,
+)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class CudaOps:
+    """The operations of `kernels.ops.Ops` in Triton, row-invariant to the bit.
+
+    On one NVIDIA GPU of compute capability 8.0 or later; with TRITON_INTERPRET=1 on CPU tensors, in Triton's
+    interpreter. Owns its workspaces and the upload buffer. Everything runs on the current stream. Not thread-safe: one
+    engine, one CudaOps.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16, deterministic: bool = True, debug: bool = False) -> None:
+        """deterministic: False lets cuBLAS compute unquantized linears, whose bits vary with the number of rows.
+        debug: check on the host, in every call, what the kernels take on trust. Raises ValueError for other dtypes,
+        RuntimeError without a GPU.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}; the CUDA backend computes in bfloat16, float16 or float32")
+        self.device = torch.device(device_type())
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.dtype = dtype
+        self.deterministic = deterministic
+        self.debug = debug
+        self.upload = Upload(self.device)
+        self._workspace = Workspace(self.device)
+
+    def prepare_linear(
+        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+    ) -> LinearWeight:
+        """Move the weight to the device, in the backend's dtype or as int8 with a scale for each row."""
+        return linear.prepare(weight, bias, mode, self.device, self.dtype)
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> CudaKVCache:
+        """[num_blocks, Hkv, block_size, D] each for K and V, zeroed, and their scales if they are int8."""
+        return kv_cache_module.allocate(spec, num_blocks, self.device)
+
+    def plan(self, metadata: AttentionMetadata) -> CudaPlan:
+        """Positions, slots and work lists of this step, in one upload."""
+        check_attention(metadata)
+        plan = make_plan(metadata, self.upload)
+        self.upload.send()
+        return plan
+
+    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> [T, H]."""
+        return F.embedding(token_ids, weight).to(self.dtype)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
+        """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
+        return norm.rms_norm(x, None, weight, eps, quantize)[0]
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is rounded before the norm."""
+        if x.shape != residual.shape:
+            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+        return norm.rms_norm(x, residual, weight, eps, quantize)
+
+    def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
+        """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32 (w8a8: in int32, exactly)."""
+        if not isinstance(weight, CudaLinear):
+            raise ValueError("weight was not made by this backend's prepare_linear")
+        if isinstance(x, QuantizedActivations) != (weight.mode == "w8a8"):
+            if isinstance(x, QuantizedActivations):
+                raise ValueError(f"x is quantized; a weight of mode {weight.mode!r} takes it unquantized")
+            x = norm.quantize(x)
+        if weight.mode == "none" and not self.deterministic:
+            return F.linear(x, weight.weight, weight.bias)
+        return linear.linear(x, weight, self._workspace)
+
+    def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
+        """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
+        return activation.gated(gate_up, "silu", quantize)
+
+    def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
+        """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
+        return activation.gated(gate_up, "gelu", quantize)
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: RotaryTable,
+        kv_cache: KVCache,
+        plan: CudaPlan,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Normalize (if asked) and rotate in float32, write K and V rounded to the cache's dtype, return the query."""
+        cache = self._own_cache(kv_cache, plan)
+        return kv_cache_module.write_kv(query, key, value, rotary, cache, plan, query_norm, key_norm, eps)
+
+    def paged_attention(
+        self, query: Tensor, kv_cache: KVCache, plan: CudaPlan, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """query [T, Hq, D] -> [T, Hq * D] (see `kernels.cuda.attention`)."""
+        cache = self._own_cache(kv_cache, plan)
+        return attention.paged_attention(query, cache, plan, scale, softcap, self._workspace)
+
+    def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
+        """logits [R, V] -> one token a row (see `kernels.cuda.sampling`)."""
+        if logits.dim() != 2:
+            raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
+        plan = sampling.make_plan(metadata, logits.shape[0], logits.shape[1], self.upload)
+        self.upload.send()
+        return sampling.sample(logits, plan, pending, self._workspace)
+
+    def _own_cache(self, cache: KVCache, plan: CudaPlan) -> CudaKVCache:
+        """Check that the cache is ours and fits the plan."""
+        if not isinstance(cache, CudaKVCache):
+            raise ValueError("kv_cache was not allocated by this backend")
+        if plan.block_size != cache.spec.block_size:
+            raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")
+        if plan.largest_block >= cache.num_blocks:
+            raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {cache.num_blocks} blocks")
+        return cache
