@@ -145,7 +145,7 @@ def log_probabilities(
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     """logits [R, V], token_ids int64 [R] -> (logprobs [R], top_ids [R, count], top_logprobs [R, count]).
 
-    In float64, rounded once to float32. The most likely tokens come first, of equal ones the lower id. Count None: Nones.
+    In float64, rounded once to float32. The most likely tokens come first, of equal ones the lower id..
     """
     if count is None:
         return None, None, None

@@ -24,7 +24,7 @@ _TORCH_TYPES = {
 class Upload:
     """Arrays in, device tensors out: `put` each array, then `send` once. Then the tensors hold the values.
 
-    The device buffer stays where it is: the arrays of two steps that are put in the same order and sizes lie at the same
+    The device buffer stays where it is: arrays of two steps that are put in the same order and sizes lie at the same
     addresses, which is what a CUDA graph needs. A tensor is valid until the next `send`; kernels that were launched
     before it on the same stream still read the old values. Page-locked buffers are used in turn, so that the host can
     pack a step while the copy of the one before is still under way. What exceeds the capacity is copied by itself.
