@@ -8,3 +8,9 @@ import os
 # whichever thread is not being run. Set before torch is imported; servers and engines that tests start inherit it.
 # Tests about thread counts set their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
