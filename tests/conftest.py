@@ -9,7 +9,7 @@ import os
 # Tests about thread counts set their own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 # Without a GPU the Triton kernels run in Triton's interpreter, which is chosen when they are imported.
 if not torch.cuda.is_available():
