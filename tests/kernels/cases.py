@@ -86,8 +86,8 @@ def sampling(rows: int, **fields: object) -> SamplingMetadata:
         "frequency_penalties": 0.0,
     }
     values.update(fields)
-    sparse = {"biases", "allowed", "prompt_tokens", "output_tokens"}
-    full = {k: v if k in sparse or isinstance(v, list) else [v] * rows for k, v in values.items()}
+    not_by_row = {"biases", "allowed", "prompt_tokens", "output_tokens", "num_logprobs"}
+    full = {k: v if k in not_by_row or isinstance(v, list) else [v] * rows for k, v in values.items()}
     return SamplingMetadata(**full)  # type: ignore[arg-type]
 
 

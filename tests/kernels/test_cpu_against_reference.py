@@ -39,6 +39,7 @@ def test_norms_and_activation(dtype: torch.dtype, rows: int, width: int) -> None
     close(normed, REFERENCE.rms_norm(total, weight, 1e-5), dtype)
     gate_up = torch.randn(rows, 2 * width).to(dtype) * 20
     close(ops.silu_mul(gate_up), REFERENCE.silu_mul(gate_up), dtype)
+    close(ops.gelu_mul(gate_up), REFERENCE.gelu_mul(gate_up), dtype)
 
 
 def test_silu_at_the_ends() -> None:

@@ -82,12 +82,13 @@ for threads in (1, 2, 3, 4, 7):
             weight = torch.randn(2 * width).to(dtype)
             if threads == 1:
                 single = ops.silu_mul(x[:1])
-            silu, norm = ops.silu_mul(x), ops.rms_norm(x, weight, 1e-6)
+            silu, gelu, norm = ops.silu_mul(x), ops.gelu_mul(x), ops.rms_norm(x, weight, 1e-6)
             stock = F.silu(x[:, :width]) * x[:, width:]
             flat = x.float()
             exps, tanhs = exp_(flat.clone()), tanh_(flat.clone())
             for rows in (1, 2, 3, 5, 13, 16, 17, 31, 100, 210):
                 assert torch.equal(ops.silu_mul(x[:rows]), silu[:rows]), (threads, dtype, width, rows)
+                assert torch.equal(ops.gelu_mul(x[:rows]), gelu[:rows]), (threads, dtype, width, rows)
                 assert torch.equal(ops.rms_norm(x[:rows], weight, 1e-6), norm[:rows]), (threads, dtype, width, rows)
                 assert torch.equal(exp_(flat[:rows].clone()), exps[:rows]), (threads, width, rows)
                 assert torch.equal(tanh_(flat[:rows].clone()), tanhs[:rows]), (threads, width, rows)
@@ -302,6 +303,8 @@ def one_row(metadata: object, row: int) -> object:
             fields[name] = [(0, token, bias) for r, token, bias in value if r == row]
         elif isinstance(value, dict):
             fields[name] = {0: value[row]} if row in value else {}
+        elif name == "num_logprobs":
+            fields[name] = value
         else:
             fields[name] = [value[row]]
     return type(metadata)(**fields)

@@ -329,3 +329,31 @@ def test_ties_at_a_border_are_kept() -> None:
     assert np.count_nonzero(kept_weights(logits, sampling(1, top_ks=2), 0)) == 4
     assert np.count_nonzero(kept_weights(logits, sampling(1, top_ps=0.5), 0)) == 4
     assert np.count_nonzero(kept_weights(logits, sampling(1, min_ps=math.exp(-1) - 1e-9), 0)) == 4
+
+
+@pytest.mark.parametrize("backend", [ReferenceOps, CpuOps])
+def test_log_probabilities(backend: type) -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, -1.0], [1.0, float("nan"), 0.0, 0.0]])
+    biased = sampling(2, biases=[(0, 0, 100.0)], temperatures=0.0, num_logprobs=3)
+    result = backend().sample(logits, biased)
+    expected = logits[0].double().log_softmax(-1)
+    assert result.finite.tolist() == [True, False]
+    assert result.token_ids[0] == 0  # by its bias, which the log-probabilities know nothing of
+    assert result.logprobs is not None
+    assert result.top_ids is not None
+    assert result.top_logprobs is not None
+    assert float(result.logprobs[0]) == pytest.approx(float(expected[0]))
+    assert result.top_ids[0].tolist() == [1, 2, 0]
+    assert result.top_logprobs[0].tolist() == pytest.approx(expected[[1, 2, 0]].tolist())
+    assert backend().sample(logits, sampling(2)).logprobs is None
+    with pytest.raises(ValueError, match="num_logprobs is 5"):
+        backend().sample(logits, sampling(2, num_logprobs=5))
+
+
+@pytest.mark.parametrize("backend", [ReferenceOps, CpuOps])
+def test_a_pending_token_counts_for_penalties(backend: type) -> None:
+    """A token that a step in flight has drawn is the last of its row's output."""
+    logits = torch.tensor([[1.0, 1.5, 0.0]] * 2)
+    fields = {"temperatures": 0.0, "presence_penalties": [1.0, 1.0], "output_tokens": {0: [], 1: []}}
+    result = backend().sample(logits, sampling(2, **fields), pending=torch.tensor([1, -1]))
+    assert result.token_ids.tolist() == [0, 1]
