@@ -65,6 +65,7 @@ class Compiled:
     shared_bytes            of a block
     matrix                  the tensor-core instructions, such as "wgmma m64n16k16", sorted; empty if there is none
     tma                     whether tiles come through the tensor memory accelerator
+    problems                what breaks this project's rules for kernels, in words; empty if all is well
     """
 
     module: str
@@ -75,6 +76,21 @@ class Compiled:
     shared_bytes: int
     matrix: tuple[str, ...]
     tma: bool
+    problems: tuple[str, ...]
+
+    def line(self) -> str:
+        """One line of the table."""
+        text = f"sm_{self.capability:<4}{self.module:12}{self.name:44}{self.registers:4}{self.stack_bytes:6}"
+        marks = ", ".join((*self.matrix, *(("tma",) if self.tma else ())))
+        return f"{text}{self.shared_bytes:8}  {marks}".rstrip()
+
+
+HEADER = f"{'':7}{'module':12}{'variant':44}{'reg':>4}{'stack':>6}{'shared':>8}  tensor cores"
+"""Of the table: registers and stack bytes of a thread, shared bytes of a block."""
+
+# The tensor-core instruction of each capability: the one that every bf16 and int8 product has to use, since two families
+# may round differently and a row's bits must not depend on the number of rows beside it.
+FAMILIES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
 
 def all_variants(capability: int) -> Iterator[tuple[str, Variant]]:
@@ -102,17 +118,39 @@ def compile_variant(module: str, variant: Variant, capability: int) -> Compiled:
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack_bytes = _resources(kernel.asm["cubin"])
-    ptx = kernel.asm["ptx"]
+    ptx, shared_bytes = kernel.asm["ptx"], kernel.metadata.shared
+    matrix = _matrix_instructions(ptx)
+    problems = _specialization_problems(variant)
+    if variant.hot and stack_bytes:
+        problems.append(f"spills {stack_bytes} bytes")
+    if shared_bytes > SHARED_MEMORY_BYTES[capability]:
+        problems.append(f"needs {shared_bytes} bytes of shared memory; there are {SHARED_MEMORY_BYTES[capability]}")
+    if variant.matrix and {instruction.split()[0] for instruction in matrix} != {FAMILIES[capability]}:
+        problems.append(f"must use {FAMILIES[capability]} and nothing else, uses {matrix}")
     return Compiled(
         module=module,
         name=variant.name,
         capability=capability,
         registers=registers,
         stack_bytes=stack_bytes,
-        shared_bytes=kernel.metadata.shared,
-        matrix=_matrix_instructions(ptx),
+        shared_bytes=shared_bytes,
+        matrix=matrix,
         tma="cp.async.bulk.tensor" in ptx,
+        problems=tuple(problems),
     )
+
+
+def _specialization_problems(variant: Variant) -> list[str]:
+    """Integers that vary from step to step must not be compiled into the code: a value of 1, or one divisible by 16,
+    would make another variant in the middle of service. Strides may: they are the model's."""
+    problems = []
+    for parameter in variant.fn.params:
+        kind = variant.signature.get(parameter.name, "constexpr")
+        if kind in ("i32", "i64") and not parameter.do_not_specialize and "stride" not in parameter.name:
+            problems.append(f"{parameter.name} is specialized on its value")
+        if parameter.do_not_specialize and parameter.name in variant.aligned:
+            problems.append(f"{parameter.name} is not specialized, so it is never known to be aligned")
+    return problems
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -147,20 +185,16 @@ def main() -> None:
     parser.add_argument("--module", choices=MODULES, action="append", help="default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     arguments = parser.parse_args()
+    if not arguments.json:
+        print(f"Triton {triton.__version__}\n{HEADER}")
     for capability in arguments.capability or CAPABILITIES:
         for module, variant in all_variants(capability):
             if arguments.module and module not in arguments.module:
                 continue
             result = compile_variant(module, variant, capability)
-            if arguments.json:
-                print(json.dumps(asdict(result)), flush=True)
-            else:
-                print(
-                    f"sm_{capability:<4}{module:12}{variant.name:40}{result.registers:4} registers "
-                    f"{result.stack_bytes:4} stack {result.shared_bytes:7} shared  {', '.join(result.matrix)}"
-                    f"{'  tma' if result.tma else ''}",
-                    flush=True,
-                )
+            print(json.dumps(asdict(result)) if arguments.json else result.line(), flush=True)
+            if result.problems and not arguments.json:
+                print(f"{'':7}^ {'; '.join(result.problems)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,58 @@
+"""Every kernel, compiled ahead of time for GPUs that are not here: registers, shared memory, matrix instructions.
+
+The interpreter shows that the kernels compute the right numbers; this shows that they compile, that what runs in every
+step does not spill, and that every product of matrices uses one family of instructions. The whole table is compared
+with the committed one, which `python -m kernels.cuda.compile > tests/kernels/cuda/compiled.txt` makes anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+
+from kernels.cuda.compile import CAPABILITIES, HEADER, MODULES, Compiled
+
+COMMITTED = Path(__file__).with_name("compiled.txt")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[Compiled]:
+    """All variants on all capabilities, from processes without the interpreter: two, as there are two cores."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    halves = (MODULES[: len(MODULES) // 2], MODULES[len(MODULES) // 2 :])
+    processes = []
+    for half in halves:
+        command = [sys.executable, "-m", "kernels.cuda.compile", "--json"]
+        for module in half:
+            command += ["--module", module]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    rows: list[dict[str, Any]] = [json.loads(line) for output in outputs for line in output.splitlines()]
+    results = [Compiled(**row | {"matrix": tuple(row["matrix"]), "problems": tuple(row["problems"])}) for row in rows]
+    order = {name: index for index, name in enumerate(MODULES)}
+    return sorted(results, key=lambda result: (result.capability, order[result.module]))
+
+
+def test_no_variant_breaks_the_rules(compiled: list[Compiled]) -> None:
+    print("\n".join([HEADER, *(result.line() for result in compiled)]))
+    assert {(result.capability, result.module) for result in compiled} == {
+        (capability, module) for capability in CAPABILITIES for module in MODULES
+    }
+    problems = [f"{result.line()}: {'; '.join(result.problems)}" for result in compiled if result.problems]
+    assert not problems, "\n".join(problems)
+
+
+def test_table_is_the_committed_one(compiled: list[Compiled]) -> None:
+    first, header, *lines = COMMITTED.read_text().splitlines()
+    if first != f"Triton {triton.__version__}":
+        pytest.skip(f"the committed table is of {first}")
+    assert header == HEADER
+    assert [result.line() for result in compiled] == lines
