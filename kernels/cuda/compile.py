@@ -88,7 +88,7 @@ class Compiled:
 HEADER = f"{'':7}{'module':12}{'variant':44}{'reg':>4}{'stack':>6}{'shared':>8}  tensor cores"
 """Of the table: registers and stack bytes of a thread, shared bytes of a block."""
 
-# The tensor-core instruction of each capability: the one that every bf16 and int8 product has to use, since two families
+# The tensor-core instruction of each capability: the one that every bf16 and int8 product must use, since two families
 # may round differently and a row's bits must not depend on the number of rows beside it.
 FAMILIES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
