@@ -38,7 +38,8 @@ class PagedSequences:
             block_tables=[self.tables[sequence] for sequence in tokens],
             block_size=BLOCK_SIZE,
         )
-        token_ids = torch.tensor([token for new in tokens.values() for token in new])
+        flat = [token for new in tokens.values() for token in new]
+        token_ids = torch.tensor(flat, device=self.ops.device)
         hidden = self.model.forward(token_ids, self.caches, self.ops.plan(metadata))
         logits = self.model.logits(hidden).float().clone()
         return dict(zip(tokens, logits.split(metadata.query_lens), strict=True))
