@@ -1,8 +1,9 @@
-"""What passes between the scheduler and the device: a plan of one step, what came of it, and what it cost."""
+"""What passes between the scheduler, the core and the device: a plan of one step, what came of it, what it cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.engine.request import FinishReason, Request
 
@@ -64,6 +65,31 @@ class StepResult:
 
     step_id: int
     rows: tuple[RowResult, ...]
+
+
+class PendingStep(Protocol):
+    """A step that was handed to the device."""
+
+    def result(self) -> StepResult:
+        """Wait until the step is over. Raises what `StepRunner.launch` raises, where the device tells it only now."""
+        ...
+
+
+class StepRunner(Protocol):
+    """What computes steps, in the order in which they are launched."""
+
+    def launch(self, plan: StepPlan) -> PendingStep:
+        """Begin a step: compute the plan's positions, and draw a token for each request that samples.
+
+        Where the device works beside the host this returns at once, and the next plan may be launched before the result
+        of this one is collected. A plan's tokens that are not known yet (`num_inflight`) are those that the step
+        launched before it draws. Raises what the model and the device raise; DeviceFault when the device is lost.
+        """
+        ...
+
+
+class DeviceFault(Exception):
+    """The device cannot be used by this process any more: only a new process can go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ from server.engine.messages import (
     decode_to_engine,
     encode,
 )
+from server.engine.plan import DeviceFault
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import AdmissionError
 from server.logs import configure_logging
@@ -187,6 +188,11 @@ def main(fd: int) -> int:
         return _run(connection)
     except ConnectionClosed:
         return 0
+    except DeviceFault as error:
+        logger.critical("the device is lost to this process: %s", error)
+        # At once: what else would run on the way out (destructors of the device's context) may hang on a dead device.
+        logging.shutdown()
+        os._exit(1)
     except IntegrityError as error:
         logger.critical("the engine's books do not balance: %s", error)
         return 1

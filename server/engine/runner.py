@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,8 +15,19 @@ from server.engine.plan import RowResult, StepPlan, StepResult
 NOT_FINITE = "the model produced a number that is not finite"
 
 
+@dataclass(frozen=True, slots=True)
+class FinishedStep:
+    """A PendingStep whose result is there already."""
+
+    finished: StepResult
+
+    def result(self) -> StepResult:
+        return self.finished
+
+
 class Runner:
-    """Owns the KV cache of every layer; borrows the model and the device's ops.
+    """A StepRunner for devices that compute while the caller waits. Owns the KV cache of every layer; borrows the model
+    and the device's ops.
 
     `run` changes the cache slots that its plan names and nothing else. It raises what the device raises: then the slots
     hold anything, and the caller computes them again or drops them.
@@ -30,6 +42,10 @@ class Runner:
         self._eos_token_ids = tuple(eos_token_ids)
         specs = model.kv_cache_specs(block_size, ops.dtype)
         self._kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
+
+    def launch(self, plan: StepPlan) -> FinishedStep:
+        """`run`, as a StepRunner."""
+        return FinishedStep(self.run(plan))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from server.engine.config import EngineConfig
 from server.engine.messages import (
@@ -35,9 +37,9 @@ from server.engine.request import FinishReason, SamplingParams
 class Child:
     """The parent's side, without asyncio."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, program: Sequence[str] = ("-m", "server.engine.process")) -> None:
         self.sock, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "server.engine.process", str(theirs.fileno())]
+        command = [sys.executable, *program, str(theirs.fileno())]
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         theirs.close()
         self.buffer = FrameBuffer()
@@ -76,8 +78,11 @@ class Child:
 
 
 @contextmanager
-def engine(config: EngineConfig = EngineConfig()) -> Iterator[Child]:  # noqa: B008 - frozen
-    child = Child(config)
+def engine(
+    config: EngineConfig = EngineConfig(),  # noqa: B008 - frozen
+    program: Sequence[str] = ("-m", "server.engine.process"),
+) -> Iterator[Child]:
+    child = Child(config, program)
     try:
         yield child
     finally:
@@ -153,3 +158,31 @@ def test_the_heart_beats_while_torch_loads() -> None:
         beats = [message for message in child.pending if isinstance(message, Heartbeat)]
         assert len(beats) > 3
         assert beats[0].phase == "load"
+
+
+LOST_DEVICE = """
+import sys
+import server.engine.build as build
+from server.engine.plan import DeviceFault
+from server.engine.process import main
+
+build_engine = build.build_engine
+
+def build_and_break(*arguments):
+    engine = build_engine(*arguments)
+    def launch(plan):
+        raise DeviceFault("planted")
+    engine.core._runner.launch = launch
+    return engine
+
+build.build_engine = build_and_break
+sys.exit(main(int(sys.argv[1])))
+"""
+
+
+def test_a_lost_device_ends_the_process_so_that_a_new_one_can_start(capfd: pytest.CaptureFixture[str]) -> None:
+    with engine(program=("-c", LOST_DEVICE)) as child:
+        assert isinstance(child.receive(), Ready)
+        child.send(Submit(1, [5, 6, 7], SamplingParams(8)))
+        assert child.process.wait(10) == 1
+    assert "the device is lost to this process: planted" in capfd.readouterr().err
