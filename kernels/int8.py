@@ -18,11 +18,13 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [..., K] -> (q int8 [..., K], scale float32 [...])."""
     values = x.to(torch.float32)
     largest = values.abs().amax(-1)
-    inverse = torch.where(largest > 0, LARGEST / largest, torch.zeros_like(largest))
+    # A tensor, because torch multiplies by a reciprocal, rounding twice, where one side of a division is a number.
+    bound = torch.full_like(largest, LARGEST)
+    inverse = torch.where(largest > 0, bound / largest, torch.zeros_like(largest))
     rounded = torch.round(values * inverse[..., None])
     # NaN has no integer; clamping also guards the one value that 127 / max * max could round above 127.
     quantized = torch.nan_to_num(rounded, nan=0.0).clamp(-LARGEST, LARGEST).to(torch.int8)
-    return quantized, largest / LARGEST
+    return quantized, largest / bound
 
 
 def dequantize_rows(quantized: Tensor, scales: Tensor) -> Tensor:
