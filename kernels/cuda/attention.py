@@ -1,0 +1,497 @@
+"""Paged attention: prompts, chunks, mixed batches and decode in one order of arithmetic.
+
+A token's output must have the same bits however it was computed, so everything that touches a reduction is the same for
+a prompt of thousands of tokens and for one new token:
+
+- The query heads of one KV head are packed as rows of a tile, one row for a token and head. A tile has 64 rows for every
+  4 warps, and warps lie along the rows only, so that the same matrix instruction and the same layout reduce each row
+  whether a tile has 64 rows (decode) or 128 (prompts).
+- Keys come in tiles of BLOCK_N tokens at absolute positions. The online softmax (arXiv:2205.14135) starts anew at every
+  multiple of SPLIT tokens, and the results of the splits are merged from the first to the last with explicit fma: in
+  registers where one program has them all, through float32 partials in memory where decode spreads them over programs.
+- A tile or split of which a row sees nothing changes no bit of that row, so whether it was skipped (by the sliding window,
+  or because other rows of the tile need it) does not matter.
+
+Decode pads its rows to 64: with 4 heads a group 15 of 16 rows are of no use. A tile of 64 keys of 128 elements in
+bfloat16 takes a multiprocessor of an H200 about 1,700 cycles to read at its share of the bandwidth; the 4,096 exp2 of
+the padded tile take 256 of the 16 a cycle, its products 512 at half rate. Memory-bound work can afford that.
+
+A mask of a row's own sequence is by position alone; memory beyond a sequence is not read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.cuda.common import INTERPRETED, TRITON_TYPES, dot, round_to
+from kernels.cuda.compile import Variant
+from kernels.cuda.kv_cache import CudaKVCache
+from kernels.cuda.plan import SPLIT, CudaPlan
+from kernels.cuda.workspace import Workspace
+
+DECODE_ROWS = 64
+PREFILL_ROWS = 128
+_SPLIT = tl.constexpr(SPLIT)
+_LOG2_E = 1.4426950408889634
+
+
+def paged_attention(
+    query: Tensor,
+    cache: CudaKVCache,
+    plan: CudaPlan,
+    scale: float,
+    softcap: float | None,
+    workspace: Workspace,
+) -> Tensor:
+    """query [T, Hq, D] -> [T, Hq * D]: causal attention of each token over its own sequence (see `Ops`).
+
+    query: float32, float16 or bfloat16 with contiguous heads; the cache in any of its dtypes, converted to the query's
+    after it is read. At most 64 query heads a KV head. Rows of padding (length 0) give zeros. Raises ValueError for
+    what does not fit.
+
+    Sequences with one token take the decode kernel, longer ones the prefill kernel. Floors: K and V of every sequence
+    read once over bandwidth; 4 * D * Hq operations for each pair of a query and a key that it sees, over peak. Not
+    measured: no GPU was at hand.
+    """
+    spec = cache.spec
+    dim, kv_heads = spec.head_dim, spec.num_kv_heads
+    if query.dim() != 3 or query.shape[0] != plan.num_tokens or query.shape[2] != dim:
+        raise ValueError(f"query must be [{plan.num_tokens}, Hq, {dim}], got {tuple(query.shape)}")
+    tokens, heads = query.shape[0], query.shape[1]
+    if heads % kv_heads != 0:
+        raise ValueError(f"query has {heads} heads, not a multiple of the cache's {kv_heads}")
+    group = heads // kv_heads
+    if group > DECODE_ROWS:
+        raise ValueError(f"query has {group} heads for each KV head; at most {DECODE_ROWS} are supported")
+    if query.stride(2) != 1 or query.stride(1) != dim:
+        raise ValueError(f"query must have contiguous heads, got strides {query.stride()}")
+    if scale <= 0:
+        raise ValueError(f"scale is {scale}; it must be positive")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or None")
+    output = torch.empty((tokens, heads * dim), dtype=query.dtype, device=query.device)
+    # exp2(factor * score - max): with a soft cap the score is tanh(inner * q.k), in units of the cap.
+    factor = (scale if softcap is None else softcap) * _LOG2_E
+    inner = 0.0 if softcap is None else 2.0 * scale / softcap * _LOG2_E
+    no_scales = output if cache.key_scales is None or cache.value_scales is None else None
+    tensors = (
+        query,
+        cache.keys,
+        cache.values,
+        cache.key_scales if no_scales is None else no_scales,  # not read where there are none
+        cache.value_scales if no_scales is None else no_scales,
+        output,
+        plan.query_starts,
+        plan.seq_lens,
+        plan.block_tables,
+        plan.table_rows,
+    )
+    strides = (query.stride(0), cache.keys.stride(0), plan.block_tables.shape[1])
+    quantized, softcapped = spec.dtype == torch.int8, softcap is not None
+    if plan.max_query_len > 1:
+        rows = plan.num_tokens * group
+        # Sequence s begins at tile query_starts[s] * group // ROWS + s, which leaves no tile to two sequences.
+        grid = (kv_heads, rows // PREFILL_ROWS + plan.num_sequences)
+        launch = _launch(
+            PREFILL_ROWS, dim, group, kv_heads, spec.block_size, spec.sliding_window, quantized, softcapped, query.dtype
+        )
+        _prefill_kernel[grid](*tensors, *strides, plan.num_sequences, factor, inner, **launch)
+    if plan.max_work > 0:
+        items = plan.max_work
+        partials = workspace.take("attention partials", (items, kv_heads, group, dim), torch.float32)
+        sums = workspace.take("attention sums", (items, kv_heads, 2, group), torch.float32)
+        arrived = workspace.take("attention arrivals", (plan.num_sequences, kv_heads), torch.int32, zeroed=True)
+        launch = _launch(
+            DECODE_ROWS, dim, group, kv_heads, spec.block_size, spec.sliding_window, quantized, softcapped, query.dtype
+        )
+        grid = (min(_programs(query.device), items * kv_heads),)
+        _decode_kernel[grid](
+            *tensors, plan.work, plan.work_count, partials, sums, arrived, *strides, factor, inner, **launch
+        )
+    return output
+
+
+@functools.lru_cache
+def _programs(device: torch.device) -> int:
+    """How many programs share the work of decode: enough to fill the device's multiprocessors, two or three on each."""
+    if device.type != "cuda":
+        return 4
+    return 3 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache
+def _launch(
+    rows: int,
+    dim: int,
+    group: int,
+    kv_heads: int,
+    block_size: int,
+    window: int | None,
+    quantized: bool,
+    softcapped: bool,
+    dtype: torch.dtype,
+) -> dict[str, int]:
+    """Constants and warps of a launch. Only ROWS and num_warps may depend on the kind of work, and only together."""
+    padded = max(triton.next_power_of_2(dim), 16)
+    wide = padded > 128 or dtype == torch.float32
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": group,
+        "DIM": dim,
+        "DIM_BLOCK": padded,
+        "BLOCK_SIZE": block_size,
+        "WINDOW": 0 if window is None else window,
+        "QUANTIZED": quantized,
+        "SOFTCAPPED": softcapped,
+        "ROWS": rows,
+        "BLOCK_N": 32 if wide else 64,
+        "num_warps": rows // 16,
+        "num_stages": 2 if wide else 3,
+    }
+
+
+@triton.jit
+def _operand(x, dtype: tl.constexpr):
+    """x as an operand of a product: int8 and other types of the cache become that of the query."""
+    if x.dtype == dtype:
+        return x
+    if INTERPRETED:
+        return round_to(x.to(tl.float32), dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def _merge(total, total_max, total_sum, part, part_max, part_sum):
+    """Add one split's result to that of the splits before it. Nothing seen yet, or in the split: max is -inf, sums 0."""
+    largest = tl.maximum(total_max, part_max)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    total_weight = tl.exp2(total_max - shift)
+    part_weight = tl.exp2(part_max - shift)
+    merged_sum = tl.fma(part_sum, part_weight, total_sum * total_weight)
+    merged = tl.fma(part, tl.broadcast_to(part_weight[:, None], part.shape), total * total_weight[:, None])
+    return merged, largest, merged_sum
+
+
+@triton.jit
+def _attend(
+    query, row_positions, begin, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+    block_stride, factor, inner,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    QUANTIZED: tl.constexpr, SOFTCAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of a tile of rows over the keys [begin, end) of one split, tile by tile; begin is a multiple of BLOCK_N.
+
+    query [ROWS, DIM_BLOCK]; row_positions [ROWS]: position of each row's token. The pointers are at the KV head.
+    -> float32 (sum of p * v [ROWS, DIM_BLOCK], largest score [ROWS], sum of p [ROWS]), scores in units of log2.
+    """
+    dims = tl.arange(0, DIM_BLOCK)
+    acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        present = keys < end
+        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
+        row = block * block_stride + (keys % BLOCK_SIZE) * DIM
+        k_mask, v_mask = present[None, :], present[:, None]
+        if DIM != DIM_BLOCK:
+            k_mask, v_mask = k_mask & (dims[:, None] < DIM), v_mask & (dims[None, :] < DIM)
+        k = tl.load(keys_ptr + row[None, :] + dims[:, None], mask=k_mask, other=0)
+        scores = dot(query, _operand(k, query.dtype), tl.zeros([ROWS, BLOCK_N], tl.float32))
+        if QUANTIZED:
+            scale_row = block * (block_stride // DIM) + keys % BLOCK_SIZE
+            scores *= tl.load(key_scales_ptr + scale_row, mask=present, other=0.0)[None, :]
+        if SOFTCAPPED:
+            # tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|), and the sign of x: symmetric, and never overflows.
+            e = tl.exp2(-inner * tl.abs(scores))
+            tanh = (1.0 - e) / (1.0 + e)
+            scores = tl.where(scores < 0, -tanh, tanh)
+        distance = row_positions[:, None] - keys[None, :]
+        visible = distance >= 0
+        if WINDOW > 0:
+            visible &= distance < WINDOW
+        scores = tl.where(visible, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * factor)
+        # A row that has seen nothing yet has no largest score; exp2(-inf - 0) is 0 as it should be.
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+        weight = tl.exp2(largest - shift)
+        p = tl.exp2(
+            tl.fma(scores, tl.full(scores.shape, factor, tl.float32), tl.broadcast_to(-shift[:, None], scores.shape))
+        )
+        total = tl.fma(total, weight, tl.sum(p, 1))
+        acc = acc * weight[:, None]
+        if QUANTIZED:
+            p *= tl.load(value_scales_ptr + scale_row, mask=present, other=0.0)[None, :]
+        v = tl.load(values_ptr + row[:, None] + dims[None, :], mask=v_mask, other=0)
+        acc = dot(round_to(p, query.dtype), _operand(v, query.dtype), acc)
+        largest = new_largest
+    return acc, largest, total
+
+
+@triton.jit
+def _fold(
+    query, row_positions, begin, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+    block_stride, factor, inner,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    QUANTIZED: tl.constexpr, SOFTCAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    """All splits of the keys [begin, end), merged from the first to the last; begin is a multiple of BLOCK_N."""
+    acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for split in range(begin // _SPLIT, (end + _SPLIT - 1) // _SPLIT):
+        part, part_largest, part_total = _attend(
+            query, row_positions, tl.maximum(begin, split * _SPLIT), tl.minimum(end, (split + 1) * _SPLIT),
+            table_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, block_stride, factor, inner,
+            DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N, KV_HEADS,
+        )  # fmt: skip
+        acc, largest, total = _merge(acc, largest, total, part, part_largest, part_total)
+    return acc, largest, total
+
+
+@triton.jit
+def _first_key(position, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The first key of the first tile that a token at this position sees."""
+    if WINDOW == 0:
+        return position * 0
+    return tl.maximum(position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def _store_output(output_ptr, rows, mask, acc, total, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
+    """Divide by the sum of weights and write rows (int64 [ROWS]) of DIM elements. + 0.0 makes zeros positive: their sign
+    may depend on tiles of which the row saw nothing."""
+    dims = tl.arange(0, DIM_BLOCK)[None, :]
+    result = acc / total[:, None] + 0.0
+    ptr = output_ptr + rows[:, None] * DIM + dims
+    tl.store(ptr, round_to(result, output_ptr.dtype.element_ty), mask=mask[:, None] & (dims < DIM))
+
+
+@triton.jit(do_not_specialize=["table_columns", "num_sequences"])
+def _prefill_kernel(
+    query_ptr,  # [T, KV_HEADS * GROUP, DIM]
+    keys_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM], as values
+    values_ptr,
+    key_scales_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE], as value_scales
+    value_scales_ptr,
+    output_ptr,  # [T, KV_HEADS * GROUP * DIM]
+    query_starts_ptr,  # [S + 1]
+    seq_lens_ptr,  # [S]
+    tables_ptr,  # [rows, table_columns]
+    table_rows_ptr,  # [S]
+    query_stride,  # of a token
+    block_stride,  # of a block of keys, as of values
+    table_columns,
+    num_sequences,
+    factor,
+    inner,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (h, i): one tile of rows of one sequence and KV head, the last tiles first, since they take longest."""
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    low, high = 0, num_sequences - 1  # the last sequence that begins at this tile or before
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(query_starts_ptr + middle) * GROUP // ROWS + middle <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    sequence = low
+    query_start = tl.load(query_starts_ptr + sequence)
+    query_len = tl.load(query_starts_ptr + sequence + 1) - query_start
+    first_row = (tile - query_start * GROUP // ROWS - sequence) * ROWS
+    if query_len > 1 and first_row < query_len * GROUP:
+        row = first_row + tl.arange(0, ROWS)
+        mask = row < query_len * GROUP
+        token = tl.minimum(row, query_len * GROUP - 1) // GROUP
+        context = tl.load(seq_lens_ptr + sequence) - query_len
+        query_head = head * GROUP + row % GROUP
+        dims = tl.arange(0, DIM_BLOCK)[None, :]
+        query_row = (query_start + token).to(tl.int64)
+        query = tl.load(
+            query_ptr + (query_row * query_stride + query_head * DIM)[:, None] + dims,
+            mask=mask[:, None] & (dims < DIM),
+            other=0,
+        )
+        last_token = tl.minimum(first_row + ROWS - 1, query_len * GROUP - 1) // GROUP
+        begin = _first_key(context + first_row // GROUP, WINDOW, BLOCK_N)
+        table_ptr = tables_ptr + tl.load(table_rows_ptr + sequence).to(tl.int64) * table_columns
+        of_head = head * BLOCK_SIZE
+        acc, largest, total = _fold(
+            query, context + token, begin, context + last_token + 1, table_ptr,
+            keys_ptr + of_head * DIM, values_ptr + of_head * DIM, key_scales_ptr + of_head, value_scales_ptr + of_head,
+            block_stride, factor, inner,
+            DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N, KV_HEADS,
+        )  # fmt: skip
+        _store_output(output_ptr, query_row * (KV_HEADS * GROUP) + query_head, mask, acc, total, DIM, DIM_BLOCK)
+
+
+@triton.jit(do_not_specialize=["table_columns"])
+def _decode_kernel(
+    query_ptr,  # as of _prefill_kernel
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    output_ptr,
+    query_starts_ptr,
+    seq_lens_ptr,
+    tables_ptr,
+    table_rows_ptr,
+    work_ptr,  # [capacity]: sequence + 65536 * code (kernels.cuda.plan)
+    work_count_ptr,  # [1]
+    partials_ptr,  # [capacity, KV_HEADS, GROUP, DIM]
+    sums_ptr,  # [capacity, KV_HEADS, 2, GROUP]: largest scores, sums of weights
+    arrived_ptr,  # [S, KV_HEADS], zero between launches
+    query_stride,
+    block_stride,
+    table_columns,
+    factor,
+    inner,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A fixed number of programs takes the work items of all KV heads in turn, so that a CUDA graph need not know how long
+    the sequences are. Where a sequence's splits are items of their own, the program that finishes the last one merges
+    them all, in order: that saves a second launch, and happens while other programs still read.
+    """
+    items = tl.load(work_count_ptr) * KV_HEADS
+    lane = tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM_BLOCK)[None, :]
+    mask = lane < GROUP
+    tile_mask = mask[:, None] & (dims < DIM)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        index = item // KV_HEADS
+        head = item % KV_HEADS
+        packed = tl.load(work_ptr + index)
+        sequence = packed % 65536
+        split = packed // 65536 - 1  # -1: the whole sequence
+        length = tl.load(seq_lens_ptr + sequence)
+        position = length - 1
+        first_key = _first_key(position, WINDOW, BLOCK_N)
+        begin = tl.where(split < 0, first_key, tl.maximum(first_key, split * _SPLIT))
+        end = tl.where(split < 0, length, tl.minimum(length, (split + 1) * _SPLIT))
+        if begin < end or length == 0:
+            token = tl.load(query_starts_ptr + sequence).to(tl.int64)
+            query_head = head * GROUP + lane
+            query = tl.load(
+                query_ptr + token * query_stride + (query_head * DIM)[:, None] + dims, mask=tile_mask, other=0
+            )
+            table_ptr = tables_ptr + tl.load(table_rows_ptr + sequence).to(tl.int64) * table_columns
+            of_head = head * BLOCK_SIZE
+            positions = tl.zeros([ROWS], tl.int32) + position
+            acc, largest, total = _fold(
+                query, positions, begin, end, table_ptr,
+                keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
+                key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
+                DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N, KV_HEADS,
+            )  # fmt: skip
+            rows = token * (KV_HEADS * GROUP) + query_head
+            if split < 0:
+                total = tl.where(length == 0, 1.0, total)  # padding gives zeros
+                _store_output(output_ptr, rows, mask, acc, total, DIM, DIM_BLOCK)
+            else:
+                here = index.to(tl.int64) * KV_HEADS + head
+                tl.store(partials_ptr + (here * GROUP + lane)[:, None] * DIM + dims, acc, mask=tile_mask)
+                tl.store(sums_ptr + here * 2 * GROUP + lane, largest, mask=mask)
+                tl.store(sums_ptr + (here * 2 + 1) * GROUP + lane, total, mask=mask)
+                tl.debug_barrier()  # all threads have written before one of them says so
+                arrivals = arrived_ptr + sequence * KV_HEADS + head
+                first_split = first_key // _SPLIT
+                splits = (length + _SPLIT - 1) // _SPLIT
+                if tl.atomic_add(arrivals, 1, sem="acq_rel") == splits - first_split - 1:
+                    tl.store(arrivals, 0)
+                    acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+                    largest = tl.full([ROWS], float("-inf"), tl.float32)
+                    total = tl.zeros([ROWS], tl.float32)
+                    for other in range(first_split, splits):
+                        there = (index - split + other).to(tl.int64) * KV_HEADS + head
+                        part = tl.load(
+                            partials_ptr + (there * GROUP + lane)[:, None] * DIM + dims, mask=tile_mask, other=0.0
+                        )
+                        part_largest = tl.load(sums_ptr + there * 2 * GROUP + lane, mask=mask, other=0.0)
+                        part_total = tl.load(sums_ptr + (there * 2 + 1) * GROUP + lane, mask=mask, other=1.0)
+                        acc, largest, total = _merge(acc, largest, total, part, part_largest, part_total)
+                    _store_output(output_ptr, rows, mask, acc, total, DIM, DIM_BLOCK)
+
+
+def _variant(
+    name: str,
+    decode: bool,
+    dim: int,
+    group: int,
+    dtype: torch.dtype = torch.bfloat16,
+    quantized: bool = False,
+    block_size: int = 64,
+    window: int | None = None,
+    softcapped: bool = False,
+    hot: bool = True,
+) -> Variant:
+    kind, cache_kind = TRITON_TYPES[dtype], "i8" if quantized else TRITON_TYPES[dtype]
+    scale_kind = "fp32" if quantized else kind
+    pointers = {"query": kind, "keys": cache_kind, "values": cache_kind, "output": kind}
+    pointers |= {"key_scales": scale_kind, "value_scales": scale_kind}
+    pointers |= dict.fromkeys(("query_starts", "seq_lens", "tables", "table_rows"), "i32")
+    if decode:
+        pointers |= {"work": "i32", "work_count": "i32", "partials": "fp32", "sums": "fp32", "arrived": "i32"}
+    signature = {f"{pointer}_ptr": f"*{element}" for pointer, element in pointers.items()}
+    signature |= {"query_stride": "i32", "block_stride": "i32"}
+    aligned = frozenset(signature)
+    signature |= {"table_columns": "i32", "factor": "fp32", "inner": "fp32"}
+    if not decode:
+        signature |= {"num_sequences": "i32"}
+    rows = DECODE_ROWS if decode else PREFILL_ROWS
+    launch = dict(_launch(rows, dim, group, 8, block_size, window, quantized, softcapped, dtype))
+    num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
+    return Variant(
+        name,
+        _decode_kernel if decode else _prefill_kernel,
+        signature,
+        constants=launch,
+        aligned=aligned,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        hot=hot,
+        matrix=dtype != torch.float32,
+    )
+
+
+def variants(capability: int) -> list[Variant]:
+    """Llama-3.1-8B (group 4) and Qwen3-0.6B (group 2), Llama-3.2-1B, int8, and what is rare: other head sizes, windows."""
+    found = []
+    for kind, decode in (("decode", True), ("prefill", False)):
+        found += [
+            _variant(f"{kind} d128 bf16", decode, 128, 4),
+            _variant(f"{kind} d128 int8", decode, 128, 4, quantized=True),
+            _variant(f"{kind} d64 bf16", decode, 64, 4),
+            _variant(f"{kind} d80 bf16 softcap window pages of 16", decode, 80, 1, block_size=16, window=1024,
+                     softcapped=True, hot=False),
+            _variant(f"{kind} d256 bf16", decode, 256, 2, hot=False),
+        ]  # fmt: skip
+    return found
