@@ -33,10 +33,9 @@ def _product(gate, up, GELU: tl.constexpr):
     for gelu in its tanh form, because (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)). That keeps its relative accuracy on both
     sides, where 1 + tanh(u) cancels for negative u. Explicit fma and rounded division: equal bits in every kernel.
     """
+    negative_z = -gate
     if GELU:
         negative_z = gate * tl.fma(gate * gate, -0.07135481282715053, -1.5957691216057308)
-    else:
-        negative_z = -gate
     return tl.div_rn(gate, 1.0 + tl.exp(negative_z)) * up
 
 
@@ -44,18 +43,18 @@ def _product(gate, up, GELU: tl.constexpr):
 def _gated(
     gate_up_ptr,  # [T, 2 * I]
     out_ptr,  # [T, I]
-    I,  # noqa: E741
+    length,
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A piece of one row. Rows are the grid's first axis, which may be long."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < I
-    gate_ptr = gate_up_ptr + row * 2 * I
+    inside = column < length
+    gate_ptr = gate_up_ptr + row * 2 * length
     gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + I + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * I + column, round_to(_product(gate, up, GELU), out_ptr.dtype.element_ty), mask=inside)
+    up = tl.load(gate_ptr + length + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * length + column, round_to(_product(gate, up, GELU), out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -63,32 +62,32 @@ def _gated_quantized(
     gate_up_ptr,  # [T, 2 * I]
     out_ptr,  # int8 [T, I]
     scales_ptr,  # float32 [T]
-    I: tl.constexpr,  # noqa: E741
+    LENGTH: tl.constexpr,
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row. Where it is longer than BLOCK its products are computed twice: for the largest, then to be quantized."""
     row = tl.program_id(0)
-    gate_ptr = gate_up_ptr + row.to(tl.int64) * 2 * I
-    out_ptr += row.to(tl.int64) * I
+    gate_ptr = gate_up_ptr + row.to(tl.int64) * 2 * LENGTH
+    out_ptr += row.to(tl.int64) * LENGTH
     column = tl.arange(0, BLOCK)
     bits = tl.zeros([], tl.int32)
     product = tl.zeros([BLOCK], tl.float32)
-    for first in tl.static_range(0, I, BLOCK):
-        inside = first + column < I
+    for first in tl.static_range(0, LENGTH, BLOCK):
+        inside = first + column < LENGTH
         gate = tl.load(gate_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(gate_ptr + I + first + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(gate_ptr + LENGTH + first + column, mask=inside, other=0.0).to(tl.float32)
         # Rounded first, as if the two were separate operations.
         product = round_to(_product(gate, up, GELU), gate_up_ptr.dtype.element_ty).to(tl.float32)
         bits = tl.maximum(bits, largest_magnitude_bits(product))
     largest = bits.to(tl.float32, bitcast=True)
     tl.store(scales_ptr + row, tl.div_rn(largest, 127.0))
     inverse = inverse_scale(largest)
-    for first in tl.static_range(0, I, BLOCK):
-        inside = first + column < I
-        if I > BLOCK:
+    for first in tl.static_range(0, LENGTH, BLOCK):
+        inside = first + column < LENGTH
+        if LENGTH > BLOCK:
             gate = tl.load(gate_ptr + first + column, mask=inside, other=0.0).to(tl.float32)
-            up = tl.load(gate_ptr + I + first + column, mask=inside, other=0.0).to(tl.float32)
+            up = tl.load(gate_ptr + LENGTH + first + column, mask=inside, other=0.0).to(tl.float32)
             product = round_to(_product(gate, up, GELU), gate_up_ptr.dtype.element_ty).to(tl.float32)
         tl.store(out_ptr + first + column, quantize_values(product, inverse), mask=inside)
 
@@ -119,7 +118,7 @@ def gated(gate_up: Tensor, activation: Literal["silu", "gelu"], quantize: bool) 
     if rows:
         block, warps = _row_launch(half)
         _gated_quantized[(rows,)](
-            gate_up, values, scales, I=half, GELU=gelu, BLOCK=block, num_warps=warps, enable_fp_fusion=True
+            gate_up, values, scales, LENGTH=half, GELU=gelu, BLOCK=block, num_warps=warps, enable_fp_fusion=True
         )
     return QuantizedActivations(values, scales)
 
@@ -137,9 +136,9 @@ def variants(capability: int) -> list[Variant]:
         Variant(
             f"{'gelu' if gelu else 'silu'} bf16",
             _gated,
-            signature={**pointers, "I": "i32"},
+            signature={**pointers, "length": "i32"},
             constants={"GELU": gelu, "BLOCK": BLOCK},
-            aligned=frozenset([*pointers, "I"]),
+            aligned=frozenset([*pointers, "length"]),
             num_warps=NUM_WARPS,
         )
         for gelu in (False, True)
@@ -147,7 +146,7 @@ def variants(capability: int) -> list[Variant]:
     pointers = {"gate_up_ptr": "*bf16", "out_ptr": "*i8", "scales_ptr": "*fp32"}
     for length, hot in ((14336, True), (28672, False)):
         block, warps = _row_launch(length)
-        constants = {"I": length, "GELU": False, "BLOCK": block}
+        constants = {"LENGTH": length, "GELU": False, "BLOCK": block}
         name = f"silu i{length} bf16 int8"
         found.append(
             Variant(name, _gated_quantized, pointers, constants, frozenset(pointers), num_warps=warps, hot=hot)

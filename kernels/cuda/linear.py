@@ -1,14 +1,15 @@
 """Linear layers: x @ W^T in bf16, fp16 or fp32, with int8 weights (w8a16), and with int8 weights and rows (w8a8).
 
-One reduction order whatever the number of rows. On a GPU the instruction that multiplies small tiles is not the one that
-multiplies large tiles, and the two may round differently; so the operands are swapped: the weight is the first operand,
-64 or 128 output features wide, and the rows are the second, 8 to 128 wide. That is one family of instructions for every
-number of rows (`wgmma` on compute capability 9.0), and each element of the output is one chain of sums along K.
+One reduction order whatever the number of rows. On a GPU the instruction that multiplies small tiles is not the one
+that multiplies large tiles, and the two may round differently; so the operands are swapped: the weight is the first
+operand, 64 or 128 output features wide, and the rows are the second, 8 to 256 wide. That is one family of instructions
+for every number of rows (`wgmma` on compute capability 9.0), and each element of the output is one chain of sums along
+K.
 
 With few rows there are too few tiles to fill the device, so K is cut into segments, as many as the weight's shape asks
-for (`tuned.segments`), and the result is ((s0 + s1) + s2) + ... in float32. Who adds depends on the number of rows: with
-few, each segment has a program of its own that leaves its sum in the workspace, and the last to arrive adds them all;
-with many, one program walks the segments. The bits are the same.
+for (`tuned.segments`), and the result is ((s0 + s1) + s2) + ... in float32. Who adds depends on the number of rows:
+with few, each segment has a program of its own that leaves its sum in the workspace, and the last to arrive adds them
+all, in order; with many, one program walks the segments. The bits are the same.
 
 Floor: with few rows the bytes of the weight over the bandwidth; with many 2 * T * N * K over the matrix rate. Not
 measured: no GPU was at hand.
@@ -169,7 +170,7 @@ def _linear(
 
 @dataclass(frozen=True, slots=True)
 class CudaLinear:
-    """weight [N, K]: in `dtype`, or int8 with scales float32 [N]; bias [N] in `dtype` or None. The output has `dtype`."""
+    """weight [N, K]: in `dtype`, or int8 with scales float32 [N]; bias [N] in `dtype` or None. Outputs have `dtype`."""
 
     weight: Tensor
     scales: Tensor | None
@@ -295,8 +296,8 @@ def launch(
     tile: Tile | None = None,
     split: bool | None = None,
 ) -> Launch:
-    """The launch for a weight's shape and a number of rows. tile, split: instead of the chosen ones, in sweeps and tests."""
-    tile = tile or tuned.tile(mode, dtype, rows)
+    """The launch for a weight [n, k] and a number of rows. tile, split: others than the chosen, in sweeps and tests."""
+    tile = tile or tuned.tile(mode, dtype, n, k, rows)
     tiles = triton.cdiv(n, tile.block_n) * triton.cdiv(rows, tile.block_m)
     elements = tiles * tile.block_n * tile.block_m
     segments, segment_k = tuned.segments(mode, dtype, n, k)
@@ -328,32 +329,31 @@ def launch(
 
 def variants(capability: int) -> list[Variant]:
     """The tile of every number of rows, split and not."""
-    found = []
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for mode, dtype, n, k, rows, hot in [
-        ("none", bf16, 4096, 4096, 1, True),
-        ("none", bf16, 4096, 4096, 16, True),
-        ("none", bf16, 4096, 4096, 32, True),
-        ("none", bf16, 4096, 4096, 64, True),
-        ("none", bf16, 28672, 4096, 1, True),
-        ("none", bf16, 1024, 3072, 128, True),
-        ("none", bf16, 4096, 4096, 4096, True),
-        ("none", bf16, 28672, 4096, 4096, True),
-        ("w8a16", bf16, 4096, 4096, 1, True),
-        ("w8a16", bf16, 28672, 4096, 1, True),
-        ("w8a16", bf16, 4096, 4096, 64, True),
-        ("w8a16", bf16, 4096, 4096, 4096, True),
-        ("w8a16", bf16, 28672, 4096, 4096, True),
-        ("w8a8", bf16, 4096, 4096, 1, True),
-        ("w8a8", bf16, 4096, 4096, 64, True),
-        ("w8a8", bf16, 4096, 4096, 4096, True),
-        ("none", fp32, 4096, 4096, 1, False),
-    ]:
-        found.append(_variant(mode, dtype, n, k, rows, hot))  # type: ignore[arg-type]
-    return found
+    bf16 = torch.bfloat16
+    small, middle, wide = (1024, 3072), (4096, 4096), (28672, 4096)  # [N, K]: many segments, some, one
+    calls: list[tuple[QuantizationMode, tuple[int, int], int]] = [
+        ("none", middle, 1),
+        ("none", middle, 16),
+        ("none", middle, 32),
+        ("none", middle, 64),
+        ("none", wide, 1),
+        ("none", small, 128),
+        ("none", middle, 4096),
+        ("none", wide, 4096),
+        ("w8a16", middle, 1),
+        ("w8a16", middle, 64),
+        ("w8a16", wide, 1),
+        ("w8a16", middle, 4096),
+        ("w8a16", wide, 4096),
+        ("w8a8", middle, 1),
+        ("w8a8", middle, 64),
+        ("w8a8", middle, 4096),
+    ]
+    found = [_variant(mode, bf16, *shape, rows) for mode, shape, rows in calls]
+    return [*found, _variant("none", torch.float32, *middle, 1)]
 
 
-def _variant(mode: QuantizationMode, dtype: torch.dtype, n: int, k: int, rows: int, hot: bool) -> Variant:
+def _variant(mode: QuantizationMode, dtype: torch.dtype, n: int, k: int, rows: int) -> Variant:
     """What `linear` compiles for this call, without bias."""
     how = launch(mode, dtype, n, k, rows)
     floating = f"*{TRITON_TYPES[dtype]}"
@@ -380,6 +380,6 @@ def _variant(mode: QuantizationMode, dtype: torch.dtype, n: int, k: int, rows: i
         aligned=frozenset(signature) - {"rows", "segments"},
         num_warps=how.tile.num_warps,
         num_stages=how.tile.num_stages,
-        hot=hot,
+        hot=dtype != torch.float32,
         matrix=dtype != torch.float32 or mode == "w8a8",
     )

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda.common import TRITON_TYPES, round_half_even, round_to
+from kernels.cuda.common import round_half_even, round_to
 from kernels.cuda.compile import Variant
 from kernels.ops import Activations, QuantizedActivations
 
@@ -43,8 +43,8 @@ def inverse_scale(largest):
 def quantize_values(x, inverse):
     """rint(x * inverse) in -127 .. 127 as int8, 0 for NaN (`kernels.int8`).
 
-    The product is written as an fma with 0, so that no compiler fuses it with the addition that rounds it to an integer:
-    that would round once where the definition rounds twice.
+    The product is written as an fma with 0, so that no compiler fuses it with the addition that rounds it to an
+    integer: that would round once where the definition rounds twice.
     """
     product = tl.fma(x, inverse, tl.zeros_like(x))
     product = tl.where(product == product, product, 0.0)
@@ -78,8 +78,8 @@ def _rms_norm(
         total = round_to(x + residual, x_ptr.dtype.element_ty)
         tl.store(total_ptr + offset, total, mask=inside)
         x = total.to(tl.float32)
-    # Every product that meets an addition is an explicit fma: the versions of this kernel (with and without residual and
-    # quantization) then have the same bits, whatever their compiler would have fused.
+    # Every product that meets an addition is an explicit fma: the versions of this kernel (with and without residual
+    # and quantization) then have the same bits, whatever their compiler would have fused.
     squares = tl.fma(x, x, tl.zeros_like(x))
     mean_plus_eps = tl.fma(tl.sum(squares, axis=0), 1.0 / H, eps)
     y = x * tl.div_rn(1.0, tl.sqrt_rn(mean_plus_eps)) * weight
@@ -199,7 +199,7 @@ def variants(capability: int) -> list[Variant]:
         (2048, True, False),
     ]:
         block, warps = row_launch(hidden, MAX_HIDDEN)
-        pointers = {name: "*bf16" for name in ("x_ptr", "weight_ptr", "out_ptr", "total_ptr")}
+        pointers = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr", "total_ptr"), "*bf16")
         constants: dict[str, object] = {"H": hidden, "BLOCK": block}
         if residual:
             pointers["residual_ptr"] = "*bf16"
@@ -221,7 +221,7 @@ def variants(capability: int) -> list[Variant]:
             )
         )
     block, warps = row_launch(4096, MAX_QUANTIZE_BLOCK)
-    pointers = {"x_ptr": f"*{TRITON_TYPES[torch.bfloat16]}", "out_ptr": "*i8", "scales_ptr": "*fp32"}
+    pointers = {"x_ptr": "*bf16", "out_ptr": "*i8", "scales_ptr": "*fp32"}
     constants = {"K": 4096, "BLOCK": block}
     found.append(Variant("quantize k4096 bf16", _quantize, pointers, constants, frozenset(pointers), warps))
     return found
