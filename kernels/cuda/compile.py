@@ -93,6 +93,9 @@ HEADER = f"{'':7}{'module':12}{'variant':44}{'reg':>4}{'stack':>6}{'shared':>8} 
 FAMILIES = {80: "mma", 90: "wgmma", 100: "tcgen05"}
 
 
+_MODEL_CONSTANT = re.compile("stride|^[A-Z]")
+
+
 def all_variants(capability: int) -> Iterator[tuple[str, Variant]]:
     """(module, variant) of every kernel in this package."""
     for name in MODULES:
@@ -142,11 +145,11 @@ def compile_variant(module: str, variant: Variant, capability: int) -> Compiled:
 
 def _specialization_problems(variant: Variant) -> list[str]:
     """Integers that vary from step to step must not be compiled into the code: a value of 1, or one divisible by 16,
-    would make another variant in the middle of service. Strides may: they are the model's."""
+    would make another variant in the middle of service. What is the model's may: strides, and sizes in capitals."""
     problems = []
     for parameter in variant.fn.params:
         kind = variant.signature.get(parameter.name, "constexpr")
-        if kind in ("i32", "i64") and not parameter.do_not_specialize and "stride" not in parameter.name:
+        if kind in ("i32", "i64") and not parameter.do_not_specialize and not _MODEL_CONSTANT.search(parameter.name):
             problems.append(f"{parameter.name} is specialized on its value")
         if parameter.do_not_specialize and parameter.name in variant.aligned:
             problems.append(f"{parameter.name} is not specialized, so it is never known to be aligned")
