@@ -9,7 +9,7 @@ import torch
 from paged_greedy import greedy
 from tokenizers import Tokenizer
 
-from kernels.cuda import CudaOps
+from kernels.cuda.ops import CudaOps
 from kernels.ops import QuantizationMode
 from kernels.reference import ReferenceOps
 from models.config import ModelConfig
