@@ -37,7 +37,6 @@ from kernels.cuda.workspace import Workspace
 
 DECODE_ROWS = 64
 PREFILL_ROWS = 128
-_SPLIT = tl.constexpr(SPLIT)
 _LOG2_E = 1.4426950408889634
 
 
@@ -151,6 +150,7 @@ def _launch(
         "SOFTCAPPED": softcapped,
         "ROWS": rows,
         "BLOCK_N": 32 if wide else 64,
+        "SPLIT": SPLIT,
         "num_warps": rows // 16,
         "num_stages": 2 if wide else 3,
     }
@@ -179,82 +179,85 @@ def _merge(total, total_max, total_sum, part, part_max, part_sum):
 
 
 @triton.jit
-def _attend(
-    query, row_positions, begin, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
-    block_stride, factor, inner,
-    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    QUANTIZED: tl.constexpr, SOFTCAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    KV_HEADS: tl.constexpr,
+def _tile(
+    query, acc, largest, total, positions, start, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr,
+    value_scales_ptr, block_stride, factor, inner,
+    MASKED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, QUANTIZED: tl.constexpr, SOFTCAPPED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of a tile of rows over the keys [begin, end) of one split, tile by tile; begin is a multiple of BLOCK_N.
+    """One step of the online softmax: the keys [start, start + BLOCK_N), of which those from `end` on are not there.
 
-    query [ROWS, DIM_BLOCK]; row_positions [ROWS]: position of each row's token. The pointers are at the KV head.
-    -> float32 (sum of p * v [ROWS, DIM_BLOCK], largest score [ROWS], sum of p [ROWS]), scores in units of log2.
+    positions: of each row's token, [ROWS, 1] or one for all [1, 1]. MASKED: whether a row may not see all of the keys. Where all rows do, the mask changes no bit.
     """
     dims = tl.arange(0, DIM_BLOCK)
-    acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        present = keys < end
-        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=present, other=0).to(tl.int64)
+    offset = tl.arange(0, BLOCK_N)
+    keys = start + offset
+    if BLOCK_SIZE >= BLOCK_N:  # all in one block
+        block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
+        base, in_block = block * block_stride, start % BLOCK_SIZE
+        keys_ptr += base + in_block * DIM
+        values_ptr += base + in_block * DIM
+        row = offset * DIM
+        scale_row = block * (block_stride // DIM) + in_block + offset
+    elif MASKED:
+        block = tl.load(table_ptr + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
         row = block * block_stride + (keys % BLOCK_SIZE) * DIM
-        k_mask, v_mask = present[None, :], present[:, None]
-        if DIM != DIM_BLOCK:
-            k_mask, v_mask = k_mask & (dims[:, None] < DIM), v_mask & (dims[None, :] < DIM)
-        k = tl.load(keys_ptr + row[None, :] + dims[:, None], mask=k_mask, other=0)
-        scores = dot(query, _operand(k, query.dtype), tl.zeros([ROWS, BLOCK_N], tl.float32))
-        if QUANTIZED:
-            scale_row = block * (block_stride // DIM) + keys % BLOCK_SIZE
-            scores *= tl.load(key_scales_ptr + scale_row, mask=present, other=0.0)[None, :]
-        if SOFTCAPPED:
-            # tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|), and the sign of x: symmetric, and never overflows.
-            e = tl.exp2(-inner * tl.abs(scores))
-            tanh = (1.0 - e) / (1.0 + e)
-            scores = tl.where(scores < 0, -tanh, tanh)
-        distance = row_positions[:, None] - keys[None, :]
+        scale_row = block * (block_stride // DIM) + keys % BLOCK_SIZE
+    else:
+        block = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
+        row = block * block_stride + (keys % BLOCK_SIZE) * DIM
+        scale_row = block * (block_stride // DIM) + keys % BLOCK_SIZE
+    k_ptr, v_ptr = keys_ptr + (row[None, :] + dims[:, None]), values_ptr + (row[:, None] + dims[None, :])
+    if MASKED:
+        k = tl.load(k_ptr, mask=(keys[None, :] < end) & (dims[:, None] < DIM), other=0)
+        v = tl.load(v_ptr, mask=(keys[:, None] < end) & (dims[None, :] < DIM), other=0)
+    elif DIM != DIM_BLOCK:
+        k = tl.load(k_ptr, mask=dims[:, None] < DIM, other=0)
+        v = tl.load(v_ptr, mask=dims[None, :] < DIM, other=0)
+    else:
+        k = tl.load(k_ptr)
+        v = tl.load(v_ptr)
+    scores = dot(query, _operand(k, query.dtype), tl.zeros([ROWS, BLOCK_N], tl.float32))
+    if QUANTIZED:
+        scores *= tl.load(key_scales_ptr + scale_row, mask=keys < end, other=0.0)[None, :]
+    if SOFTCAPPED:
+        # tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|), and the sign of x: symmetric, and never overflows.
+        e = tl.exp2(-inner * tl.abs(scores))
+        tanh = (1.0 - e) / (1.0 + e)
+        scores = tl.where(scores < 0, -tanh, tanh)
+    if MASKED:
+        distance = positions - keys[None, :]
         visible = distance >= 0
         if WINDOW > 0:
             visible &= distance < WINDOW
         scores = tl.where(visible, scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1) * factor)
-        # A row that has seen nothing yet has no largest score; exp2(-inf - 0) is 0 as it should be.
-        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weight = tl.exp2(largest - shift)
-        p = tl.exp2(
-            tl.fma(scores, tl.full(scores.shape, factor, tl.float32), tl.broadcast_to(-shift[:, None], scores.shape))
-        )
-        total = tl.fma(total, weight, tl.sum(p, 1))
-        acc = acc * weight[:, None]
-        if QUANTIZED:
-            p *= tl.load(value_scales_ptr + scale_row, mask=present, other=0.0)[None, :]
-        v = tl.load(values_ptr + row[:, None] + dims[None, :], mask=v_mask, other=0)
-        acc = dot(round_to(p, query.dtype), _operand(v, query.dtype), acc)
-        largest = new_largest
-    return acc, largest, total
+    new_largest = tl.maximum(largest, tl.max(scores, 1) * factor)
+    # A row that has seen nothing yet has no largest score; exp2(-inf - 0) is 0 as it should be.
+    shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)
+    weight = tl.exp2(largest - shift)
+    p = tl.exp2(_scaled(scores, factor, -shift))
+    total = tl.fma(total, weight, tl.sum(p, 1))
+    acc = acc * weight[:, None]
+    if QUANTIZED:
+        p *= tl.load(value_scales_ptr + scale_row, mask=keys < end, other=0.0)[None, :]
+    acc = dot(round_to(p, query.dtype), _operand(v, query.dtype), acc)
+    return acc, new_largest, total
 
 
 @triton.jit
-def _fold(
-    query, row_positions, begin, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
-    block_stride, factor, inner,
-    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    QUANTIZED: tl.constexpr, SOFTCAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-):  # fmt: skip
-    """All splits of the keys [begin, end), merged from the first to the last; begin is a multiple of BLOCK_N."""
+def _scaled(x, factor, rows):
+    """x * factor + rows[:, None], rounded once."""
+    return tl.fma(x, tl.full(x.shape, 0.0, tl.float32) + factor, tl.broadcast_to(rows[:, None], x.shape))
+
+
+@triton.jit
+def _empty(ROWS: tl.constexpr, DIM_BLOCK: tl.constexpr):
+    """The state of a softmax that has seen no key: sum of p * v [ROWS, DIM_BLOCK], largest score and sum of p [ROWS].
+
+    Scores are in units of log2, the sums relative to exp2 of the largest."""
     acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for split in range(begin // _SPLIT, (end + _SPLIT - 1) // _SPLIT):
-        part, part_largest, part_total = _attend(
-            query, row_positions, tl.maximum(begin, split * _SPLIT), tl.minimum(end, (split + 1) * _SPLIT),
-            table_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, block_stride, factor, inner,
-            DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N, KV_HEADS,
-        )  # fmt: skip
-        acc, largest, total = _merge(acc, largest, total, part, part_largest, part_total)
-    return acc, largest, total
+    return acc, tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
 
 
 @triton.jit
@@ -303,6 +306,7 @@ def _prefill_kernel(
     SOFTCAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Program (h, i): one tile of rows of one sequence and KV head, the last tiles first, since they take longest."""
     head = tl.program_id(0)
@@ -335,12 +339,36 @@ def _prefill_kernel(
         begin = _first_key(context + first_row // GROUP, WINDOW, BLOCK_N)
         table_ptr = tables_ptr + tl.load(table_rows_ptr + sequence).to(tl.int64) * table_columns
         of_head = head * BLOCK_SIZE
-        acc, largest, total = _fold(
-            query, context + token, begin, context + last_token + 1, table_ptr,
-            keys_ptr + of_head * DIM, values_ptr + of_head * DIM, key_scales_ptr + of_head, value_scales_ptr + of_head,
-            block_stride, factor, inner,
-            DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N, KV_HEADS,
-        )  # fmt: skip
+        keys_ptr += of_head * DIM
+        values_ptr += of_head * DIM
+        key_scales_ptr += of_head
+        value_scales_ptr += of_head
+        positions = (context + token)[:, None]
+        end = context + last_token + 1
+        # Up to `full` every row sees every key: there is nothing to mask.
+        full = begin if WINDOW > 0 else (context + first_row // GROUP + 1) // BLOCK_N * BLOCK_N
+        all_acc, all_largest, all_total = _empty(ROWS, DIM_BLOCK)
+        acc, largest, total = _empty(ROWS, DIM_BLOCK)
+        for start in range(begin, full, BLOCK_N):
+            acc, largest, total = _tile(
+                query, acc, largest, total, positions, start, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr,
+                value_scales_ptr, block_stride, factor, inner,
+                False, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+            )  # fmt: skip
+            if (start + BLOCK_N) % SPLIT == 0:
+                all_acc, all_largest, all_total = _merge(all_acc, all_largest, all_total, acc, largest, total)
+                acc, largest, total = _empty(ROWS, DIM_BLOCK)
+        for start in range(full, end, BLOCK_N):
+            acc, largest, total = _tile(
+                query, acc, largest, total, positions, start, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr,
+                value_scales_ptr, block_stride, factor, inner,
+                True, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+            )  # fmt: skip
+            if (start + BLOCK_N) % SPLIT == 0:
+                all_acc, all_largest, all_total = _merge(all_acc, all_largest, all_total, acc, largest, total)
+                acc, largest, total = _empty(ROWS, DIM_BLOCK)
+        # The split that the last tile left open; where there is none, nothing is added, which changes no bit.
+        acc, largest, total = _merge(all_acc, all_largest, all_total, acc, largest, total)
         _store_output(output_ptr, query_row * (KV_HEADS * GROUP) + query_head, mask, acc, total, DIM, DIM_BLOCK)
 
 
@@ -376,6 +404,7 @@ def _decode_kernel(
     SOFTCAPPED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """A fixed number of programs takes the work items of all KV heads in turn, so that a CUDA graph need not know how long
     the sequences are. Where a sequence's splits are items of their own, the program that finishes the last one merges
@@ -393,52 +422,90 @@ def _decode_kernel(
         sequence = packed % 65536
         split = packed // 65536 - 1  # -1: the whole sequence
         length = tl.load(seq_lens_ptr + sequence)
-        position = length - 1
-        first_key = _first_key(position, WINDOW, BLOCK_N)
-        begin = tl.where(split < 0, first_key, tl.maximum(first_key, split * _SPLIT))
-        end = tl.where(split < 0, length, tl.minimum(length, (split + 1) * _SPLIT))
-        if begin < end or length == 0:
-            token = tl.load(query_starts_ptr + sequence).to(tl.int64)
-            query_head = head * GROUP + lane
+        first_key = _first_key(length - 1, WINDOW, BLOCK_N)
+        first_split, num_splits = first_key // SPLIT, (length + SPLIT - 1) // SPLIT
+        token = tl.load(query_starts_ptr + sequence).to(tl.int64)
+        query_head = head * GROUP + lane
+        rows = token * (KV_HEADS * GROUP) + query_head
+        here = index.to(tl.int64) * KV_HEADS + head
+        if length == 0:  # padding gives zeros
+            acc, largest, total = _empty(ROWS, DIM_BLOCK)
+            _store_output(output_ptr, rows, mask, acc, total + 1.0, DIM, DIM_BLOCK)
+        elif split < 0 or split >= first_split:
             query = tl.load(
                 query_ptr + token * query_stride + (query_head * DIM)[:, None] + dims, mask=tile_mask, other=0
             )
             table_ptr = tables_ptr + tl.load(table_rows_ptr + sequence).to(tl.int64) * table_columns
             of_head = head * BLOCK_SIZE
-            positions = tl.zeros([ROWS], tl.int32) + position
-            acc, largest, total = _fold(
-                query, positions, begin, end, table_ptr,
-                keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
-                key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
-                DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N, KV_HEADS,
-            )  # fmt: skip
-            rows = token * (KV_HEADS * GROUP) + query_head
-            if split < 0:
-                total = tl.where(length == 0, 1.0, total)  # padding gives zeros
-                _store_output(output_ptr, rows, mask, acc, total, DIM, DIM_BLOCK)
-            else:
-                here = index.to(tl.int64) * KV_HEADS + head
-                tl.store(partials_ptr + (here * GROUP + lane)[:, None] * DIM + dims, acc, mask=tile_mask)
-                tl.store(sums_ptr + here * 2 * GROUP + lane, largest, mask=mask)
-                tl.store(sums_ptr + (here * 2 + 1) * GROUP + lane, total, mask=mask)
-                tl.debug_barrier()  # all threads have written before one of them says so
+            positions = tl.full([1, 1], 0, tl.int32) + length - 1
+            begin_split = split if split >= 0 else first_split
+            end_split = split + 1 if split >= 0 else num_splits
+            for current in range(begin_split, end_split):
+                begin = tl.maximum(first_key, current * SPLIT)
+                end = tl.minimum(length, (current + 1) * SPLIT)
+                full = begin if WINDOW > 0 else end // BLOCK_N * BLOCK_N
+                acc, largest, total = _empty(ROWS, DIM_BLOCK)
+                for start in range(begin, full, BLOCK_N):
+                    acc, largest, total = _tile(
+                        query, acc, largest, total, positions, start, end, table_ptr,
+                        keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
+                        key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
+                        False, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+                    )  # fmt: skip
+                for start in range(full, end, BLOCK_N):
+                    acc, largest, total = _tile(
+                        query, acc, largest, total, positions, start, end, table_ptr,
+                        keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
+                        key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
+                        True, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+                    )  # fmt: skip
+                if split < 0 and current > begin_split:
+                    part, part_largest, part_total = acc, largest, total
+                    acc, largest, total = _load_partial(partials_ptr, sums_ptr, here, ROWS, GROUP, DIM, DIM_BLOCK)
+                    acc, largest, total = _merge(acc, largest, total, part, part_largest, part_total)
+                if split < 0 and current == end_split - 1:
+                    _store_output(output_ptr, rows, mask, acc, total, DIM, DIM_BLOCK)
+                else:
+                    _store_partial(partials_ptr, sums_ptr, here, acc, largest, total, ROWS, GROUP, DIM, DIM_BLOCK)
+                    tl.debug_barrier()  # all threads have written before one of them reads, or says so
+            if split >= 0:
                 arrivals = arrived_ptr + sequence * KV_HEADS + head
-                first_split = first_key // _SPLIT
-                splits = (length + _SPLIT - 1) // _SPLIT
-                if tl.atomic_add(arrivals, 1, sem="acq_rel") == splits - first_split - 1:
+                if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_splits - first_split - 1:
                     tl.store(arrivals, 0)
-                    acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
-                    largest = tl.full([ROWS], float("-inf"), tl.float32)
-                    total = tl.zeros([ROWS], tl.float32)
-                    for other in range(first_split, splits):
-                        there = (index - split + other).to(tl.int64) * KV_HEADS + head
-                        part = tl.load(
-                            partials_ptr + (there * GROUP + lane)[:, None] * DIM + dims, mask=tile_mask, other=0.0
+                    acc, largest, total = _empty(ROWS, DIM_BLOCK)
+                    for other in range(first_split, num_splits):
+                        there = here + (other - split).to(tl.int64) * KV_HEADS
+                        part, part_largest, part_total = _load_partial(
+                            partials_ptr, sums_ptr, there, ROWS, GROUP, DIM, DIM_BLOCK
                         )
-                        part_largest = tl.load(sums_ptr + there * 2 * GROUP + lane, mask=mask, other=0.0)
-                        part_total = tl.load(sums_ptr + (there * 2 + 1) * GROUP + lane, mask=mask, other=1.0)
                         acc, largest, total = _merge(acc, largest, total, part, part_largest, part_total)
                     _store_output(output_ptr, rows, mask, acc, total, DIM, DIM_BLOCK)
+
+
+@triton.jit
+def _store_partial(
+    partials_ptr, sums_ptr, index, acc, largest, total, ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    lane, dims = tl.arange(0, ROWS), tl.arange(0, DIM_BLOCK)[None, :]
+    mask = lane < GROUP
+    ptr = partials_ptr + index * (GROUP * DIM) + lane[:, None] * DIM + dims
+    tl.store(ptr, acc, mask=mask[:, None] & (dims < DIM))
+    tl.store(sums_ptr + index * (2 * GROUP) + lane, largest, mask=mask)
+    tl.store(sums_ptr + index * (2 * GROUP) + GROUP + lane, total, mask=mask)
+
+
+@triton.jit
+def _load_partial(
+    partials_ptr, sums_ptr, index, ROWS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr
+):
+    lane, dims = tl.arange(0, ROWS), tl.arange(0, DIM_BLOCK)[None, :]
+    mask = lane < GROUP
+    ptr = partials_ptr + index * (GROUP * DIM) + lane[:, None] * DIM + dims
+    acc = tl.load(ptr, mask=mask[:, None] & (dims < DIM), other=0.0)
+    largest = tl.load(sums_ptr + index * (2 * GROUP) + lane, mask=mask, other=0.0)
+    total = tl.load(sums_ptr + index * (2 * GROUP) + GROUP + lane, mask=mask, other=1.0)
+    return acc, largest, total
 
 
 def _variant(
