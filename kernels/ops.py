@@ -15,6 +15,7 @@ whole, in chunks, or was computed again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -201,6 +202,9 @@ class Ops(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    fallbacks: Counter[str]
+    """How often an operator had to take a path slower than its own, by operator: counted where it is decided, once for
+    each weight, shape or step concerned. Only ever counted up."""
 
     def prepare_linear(
         self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"

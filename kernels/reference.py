@@ -6,6 +6,7 @@ promise row invariance to the bit: its matrix products are whatever torch picks 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +97,7 @@ class ReferenceOps:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
+        self.fallbacks: Counter[str] = Counter()
 
     def prepare_linear(
         self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"

@@ -247,11 +247,12 @@ def summary(ready: Ready, url: str, seconds: float) -> str:
     memory = ", ".join(f"{kind.replace('_', ' ')} {_size(size)}" for kind, size in ready.memory_bytes.items() if size)
     tokens = ready.num_blocks * ready.block_size
     instructions = f", {identity.instruction_set}" if identity.instruction_set else ""
+    threads = f", {identity.threads} threads" if identity.threads else ""
     rows = {
         "model": f"{identity.model} ({identity.architecture}, {_count(identity.num_parameters)} parameters)",
         "dtype": f"{identity.dtype}, KV cache {identity.kv_cache_dtype}",
         "quantization": identity.quantization,
-        "device": f"{identity.device}{instructions}, {identity.threads} threads",
+        "device": f"{identity.device}{instructions}{threads}",
         "context": f"{ready.max_model_len:,} tokens, up to {ready.max_running} requests at once",
         "KV cache": f"{ready.num_blocks:,} blocks of {ready.block_size} tokens ({tokens:,} tokens)",
         "memory": memory,

@@ -63,10 +63,20 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.01 <= value <= 1:
+        raise ValueError("a fraction from 0.01 to 1")
+    return value
+
+
 def _choice(*names: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in names:
-            raise ValueError(f"one of {', '.join(names)}" if len(names) > 1 else f"{names[0]} (others come later)")
+            raise ValueError(f"one of {', '.join(names)}")
         return text
 
     return parse
@@ -109,14 +119,28 @@ class Settings:
         "type of weights and activations: auto, bfloat16, float16 or float32",
         "DTYPE",
     )
-    quantization: str = _setting("none", _choice("none"), "how weights are stored: none", "MODE")
+    quantization: str = _setting(
+        "none",
+        _choice("none", "w8a16", "w8a8"),
+        "how weights are stored and multiplied: none, w8a16 or w8a8 (int8, on CUDA)",
+        "MODE",
+    )
+    no_deterministic: bool = _setting(
+        False, _switch, "let cuBLAS compute unquantized layers: on CUDA, tokens may then depend on the batch"
+    )
     max_model_len: int | None = _setting(
         None, _integer(1), "tokens of one sequence, prompt and output", "TOKENS", "what the model was made for"
     )
     kv_cache_memory: int | None = _setting(
         None, parse_bytes, "memory of the KV cache, such as 2GiB", "SIZE", "a share of what is free"
     )
-    block_size: int = _setting(16, _integer(1, 1024), "tokens of one KV block", "TOKENS")
+    kv_cache_dtype: str = _setting(
+        "auto", _choice("auto", "bf16", "int8"), "what the KV cache holds: auto, bf16 or int8 (on CUDA)", "DTYPE"
+    )
+    gpu_memory_fraction: float = _setting(
+        0.9, _fraction, "how much of the GPU's memory the engine may take", "FRACTION"
+    )
+    block_size: int | None = _setting(None, _integer(1, 1024), "tokens of one KV block", "TOKENS", "16; 64 on cuda")
     max_running: int = _setting(64, _integer(1, 4096), "requests in one step at most", "COUNT")
     max_waiting: int = _setting(256, _integer(0, 1_000_000), "requests that may wait; further ones get 429", "COUNT")
     max_tokens_per_step: int = _setting(2048, _integer(1, 1_000_000), "tokens computed in one step at most", "TOKENS")
@@ -159,6 +183,9 @@ class Settings:
             mixed_step_tokens=self.mixed_step_tokens,
             prefix_caching=not self.no_prefix_caching,
             threads=self.threads,
+            kv_cache_dtype=self.kv_cache_dtype,
+            gpu_memory_fraction=self.gpu_memory_fraction,
+            deterministic=not self.no_deterministic,
             log_format=self.resolved_log_format,
         )
 

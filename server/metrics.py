@@ -10,7 +10,7 @@ discarded, and every request ends in exactly one `outcome`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
@@ -198,6 +198,7 @@ class Metrics:
             self._memory.labels(kind).set(ready.memory_bytes.get(kind, 0))
         self._num_blocks = ready.num_blocks
         self._set_gauges(0, 0, ready.num_blocks, 0, 0)
+        self._count_fallbacks(ready.fallbacks)
         self._engine_up.set(1)
         self._last_step_at = self._clock()
         self._idle = True
@@ -212,6 +213,7 @@ class Metrics:
         self._prefix_queried.inc(stats.prefix_queried_tokens)
         self._prefix_hits.inc(stats.prefix_hit_tokens)
         self._preemptions.inc(stats.preemptions)
+        self._count_fallbacks(stats.fallbacks)
         self._step_duration.observe(stats.duration_seconds)
         self._step_tokens.observe(stats.prompt_tokens + stats.recomputed_tokens + stats.sampled_tokens)
         self._set_gauges(
@@ -310,6 +312,10 @@ class Metrics:
         self._blocks.labels("used").set(used)
         self._blocks.labels("cached").set(cached)
         self._cache_usage.set(used / self._num_blocks if self._num_blocks else 0.0)
+
+    def _count_fallbacks(self, fallbacks: Mapping[str, int]) -> None:
+        for op, count in fallbacks.items():
+            self._fallbacks.labels(op).inc(count)
 
     def _refresh_age(self) -> None:
         idle = self._idle or self._last_step_at is None

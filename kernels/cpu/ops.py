@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +28,8 @@ from kernels.ops import (
     SamplingMetadata,
 )
 from kernels.sampling import with_pending
+
+logger = logging.getLogger(__name__)
 
 
 def has_fast_bf16() -> bool:
@@ -60,6 +65,7 @@ class CpuOps:
             torch.set_num_threads(threads)
         self.device = torch.device("cpu")
         self.dtype = dtype
+        self.fallbacks: Counter[str] = Counter()
         self._workspace = Workspace()
         self._rows_agree: dict[tuple[int, int], bool] = {}
         self._heights_agree: dict[tuple[int, torch.dtype, int, bool], bool] = {}
@@ -75,6 +81,8 @@ class CpuOps:
         shape = (packed.out_features, packed.in_features)
         if shape not in self._rows_agree:
             self._rows_agree[shape] = linear.rows_agree(packed)
+            if not self._rows_agree[shape]:
+                self._fall_back("linear", f"[N, K] = {list(shape)} in pieces of {linear.FIXED_ROWS} rows")
         if not self._rows_agree[shape]:
             packed = linear.pack(weight, bias, self.dtype, fixed_rows=True)
         return packed
@@ -179,7 +187,7 @@ class CpuOps:
         """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
-        return sample(logits, with_pending(metadata, pending), self._workspace)
+        return sample(logits, with_pending(metadata, pending), self._workspace, self.fallbacks)
 
     def _heights(self, head_dim: int, dtype: torch.dtype, rows: int, softcap: bool) -> bool:
         """Whether prompts may use tall tiles beside decode tiles of `rows` rows; checked once."""
@@ -188,7 +196,13 @@ class CpuOps:
         key = (head_dim, dtype, rows, softcap)
         if key not in self._heights_agree:
             self._heights_agree[key] = attention.heights_agree(head_dim, dtype, rows, softcap)
+            if not self._heights_agree[key]:
+                self._fall_back("paged_attention", f"heads of {head_dim} with a tile for every token")
         return self._heights_agree[key]
+
+    def _fall_back(self, op: str, how: str) -> None:
+        self.fallbacks[op] += 1
+        logger.warning("%s takes its slower path on this processor: %s", op, how)
 
     def _head_norms(self, query_norm: Tensor, key_norm: Tensor, heads: int, kv_heads: int) -> Tensor:
         """Both per-head norms as one float32 [Hq + Hkv, D], kept for the next step."""

@@ -8,6 +8,8 @@ Nothing sorts the vocabulary but typical-p.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,8 +43,11 @@ BINS_PER_NAT = 64.0
 EXACT = float(1 << 53)
 
 
-def sample(logits: Tensor, metadata: SamplingMetadata, workspace: Workspace) -> SampleResult:
-    """logits [R, V] -> one token a row. Raises ValueError as `check_sampling` does."""
+def sample(
+    logits: Tensor, metadata: SamplingMetadata, workspace: Workspace, fallbacks: Counter[str] | None = None
+) -> SampleResult:
+    """logits [R, V] -> one token a row. Raises ValueError as `check_sampling` does. Rows that are left to
+    `kernels.sampling` are counted in `fallbacks`."""
     rows, vocab = logits.shape
     check_sampling(metadata, rows, vocab)
     values = workspace.take("logits", (rows, vocab), torch.float32).copy_(logits).numpy()
@@ -62,6 +67,8 @@ def sample(logits: Tensor, metadata: SamplingMetadata, workspace: Workspace) -> 
                     adjusted = adjust_logits(raw, metadata, row, biases.get(row, ()))
                 token = sampler.pick(adjusted, row, random[row])
                 if token is None:
+                    if fallbacks is not None:
+                        fallbacks["sample"] += 1
                     token = draw(kept_weights(raw, metadata, row), random[row])
                 tokens[row] = token
     token_ids = torch.tensor(tokens, dtype=torch.int64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -52,6 +54,7 @@ class CudaOps:
         self.dtype = dtype
         self.deterministic = deterministic
         self.debug = debug
+        self.fallbacks: Counter[str] = Counter()
         self.upload = Upload(self.device)
         self._workspace = Workspace(self.device)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.ops import AttentionMetadata, SamplingMetadata
 from server.engine.plan import PlannedRequest, StepPlan
+from server.engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Batch:
     last_tokens  for each planned request, the index in T of its last token
     sample_rows  the indices in T whose logits are needed, one for each planned request that samples, in plan order
     sampling     how to draw from those rows; None when no request samples
+    inflight     (index in T, request id) of the tokens that are not known yet and are 0 in token_ids: the last token of
+                 a planned request, which a step in flight draws
     """
 
     token_ids: Tensor
@@ -29,6 +32,7 @@ class Batch:
     last_tokens: list[int]
     sample_rows: list[int]
     sampling: SamplingMetadata | None
+    inflight: list[tuple[int, int]]
 
 
 def build_batch(plan: StepPlan, block_size: int, eos_token_ids: Sequence[int]) -> Batch:
@@ -39,9 +43,13 @@ def build_batch(plan: StepPlan, block_size: int, eos_token_ids: Sequence[int]) -
     block_tables: list[Sequence[int]] = []
     last_tokens: list[int] = []
     sample_rows: list[int] = []
+    inflight: list[tuple[int, int]] = []
     for planned in plan.requests:
         stop = planned.start + planned.num_new_tokens
-        token_ids += planned.request.token_ids(planned.start, stop)
+        token_ids += planned.request.token_ids(planned.start, stop - planned.num_inflight)
+        if planned.num_inflight:
+            inflight.append((len(token_ids), planned.request.request_id))
+            token_ids.append(0)
         query_lens.append(planned.num_new_tokens)
         seq_lens.append(stop)
         block_tables.append(planned.block_ids)
@@ -54,11 +62,13 @@ def build_batch(plan: StepPlan, block_size: int, eos_token_ids: Sequence[int]) -
         attention=AttentionMetadata(query_lens, seq_lens, block_tables, block_size),
         last_tokens=last_tokens,
         sample_rows=sample_rows,
-        sampling=_sampling(sampled, eos_token_ids) if sampled else None,
+        sampling=build_sampling(sampled, eos_token_ids) if sampled else None,
+        inflight=inflight,
     )
 
 
-def _sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[int]) -> SamplingMetadata:
+def build_sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[int]) -> SamplingMetadata:
+    """How to draw one token for each of these planned requests, in this order."""
     params = [planned.request.params for planned in sampled]
     biases: list[tuple[int, int, float]] = []
     prompt_tokens: dict[int, Sequence[int]] = {}
@@ -89,3 +99,28 @@ def _sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[int]) -
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
+
+
+class SamplingBuilder:
+    """`build_sampling` for one decode step after the other.
+
+    From one step to the next the same requests decode, and of what they ask only the positions change, unless tokens so
+    far matter to one of them. Then most of the arrays are those of the step before.
+    """
+
+    def __init__(self, eos_token_ids: Sequence[int]) -> None:
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._requests: list[Request] = []
+        self._last: SamplingMetadata | None = None  # None: made anew every time
+
+    def build(self, sampled: Sequence[PlannedRequest]) -> SamplingMetadata:
+        """Equal to build_sampling(sampled, eos_token_ids)."""
+        requests = [planned.request for planned in sampled]
+        # Requests compare by identity, and what they ask for never changes.
+        if self._last is not None and requests == self._requests:
+            return replace(self._last, positions=[planned.output_index for planned in sampled])
+        metadata = build_sampling(sampled, self._eos_token_ids)
+        self._requests = requests
+        changes = any(r.params.has_penalties or r.params.min_new_tokens > 0 for r in requests)
+        self._last = None if changes else metadata
+        return metadata

@@ -5,29 +5,31 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 
-from kernels.cpu import CpuOps
-from kernels.ops import Ops
+from kernels.ops import QuantizationMode
 from models.errors import ModelError
 from models.layers import DecoderModel
-from models.loader import LoadProgress, load_model, resolve_model, weights_hash
+from models.loader import LoadProgress, load_config, load_model, resolve_model, weights_hash
 from server.engine.config import EngineConfig, SchedulerConfig
 from server.engine.core import EngineCore
+from server.engine.device import Device, StartupError, dtype_name, kv_cache_dtype, make_device
 from server.engine.identity import Identity
-from server.engine.memory import MemorySettingError, available_memory_bytes, plan_kv_cache
-from server.engine.plan import PlannedRequest, StepPlan
+from server.engine.memory import MemorySettingError
+from server.engine.plan import PlannedRequest, StepPlan, StepRunner
 from server.engine.request import Request, SamplingParams
-from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.version import VERSION
+
+__all__ = ["Engine", "StartupError", "build_engine"]
 
 # report(phase, message, fraction): phase is "load" or "warmup"; fraction is None where it cannot be told.
 Report = Callable[[str, str, float | None], None]
@@ -38,15 +40,12 @@ MIXED_STEP_DECODE_STEPS = 2.0
 MIXED_STEP_MIN_SECONDS = 0.025
 
 
-class StartupError(Exception):
-    """The engine cannot start with these settings: one line for a person, with what to do."""
-
-
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A warm core and what there is to say about it.
 
-    memory_bytes: what each kind takes: weights, kv_cache, workspace. startup_seconds: how long each part took.
+    memory_bytes: what each kind takes: weights, kv_cache, workspace, graphs. startup_seconds: how long each part took.
+    fallbacks: the ops' own counter of slower paths taken; it goes on counting.
     """
 
     core: EngineCore
@@ -56,6 +55,7 @@ class Engine:
     model_path: Path
     memory_bytes: dict[str, int]
     startup_seconds: dict[str, float]
+    fallbacks: Counter[str]
 
 
 def build_engine(
@@ -68,6 +68,11 @@ def build_engine(
         return _build(config, report, on_step_start)
     except (ModelError, MemorySettingError) as error:
         raise StartupError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"the GPU ran out of memory: {str(error).splitlines()[0]} What makes room: --quantization w8a16, "
+            "--kv-cache-dtype int8, a smaller --max-tokens-per-step, --max-running or --gpu-memory-fraction"
+        ) from error
     except ValueError as error:
         # What a backend or the scheduler says of numbers that it cannot work with.
         raise StartupError(f"these settings cannot be used: {error}") from error
@@ -75,7 +80,10 @@ def build_engine(
 
 def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, float], None]) -> Engine:
     started = time.perf_counter()
-    ops = _make_ops(config)
+    device = make_device(config)
+    ops = device.ops
+    kv_dtype = kv_cache_dtype(config.kv_cache_dtype, ops.dtype)
+    block_size = config.block_size or device.block_size
     path = resolve_model(
         config.model,
         config.revision,
@@ -86,55 +94,51 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
     def loaded(progress: LoadProgress) -> None:
         report("load", f"loading {config.model}", progress.loaded_bytes / max(progress.total_bytes, 1))
 
-    if config.quantization != "none":
-        raise StartupError(f"--quantization {config.quantization} is not built yet: use none")
-    model = load_model(path, ops, progress=loaded)
+    device.check_weights(load_config(path), config)
+    model = load_model(path, ops, quantization=quantization_mode(config.quantization), progress=loaded)
     seconds = {"load": time.perf_counter() - started}
 
-    kv_plan = plan_kv_cache(
-        model.kv_cache_specs(config.block_size, ops.dtype),
-        config,
-        model.config.max_position_embeddings,
-        available_memory_bytes(),
-    )
-    eos_token_ids = model.config.eos_token_ids
-    runner = Runner(model, ops, kv_plan.num_blocks, config.block_size, eos_token_ids)
-
     warmup_started = time.perf_counter()
-    report("warmup", "running the first steps", None)
+    report("warmup", "sharing out the memory", None)
+    runner, kv_plan = device.make_runner(model, config, kv_dtype, block_size)
     scheduler_config = SchedulerConfig(
         num_blocks=kv_plan.num_blocks,
-        block_size=config.block_size,
+        block_size=block_size,
         max_model_len=kv_plan.max_model_len,
         max_running=config.max_running,
         max_tokens_per_step=config.max_tokens_per_step,
         mixed_step_tokens=config.mixed_step_tokens or config.max_tokens_per_step,
+        pipeline_depth=device.pipeline_depth,
         prefix_caching=config.prefix_caching,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=model.config.eos_token_ids,
     )
+    device.warm_up(runner, lambda fraction: report("warmup", "preparing the kernels", fraction))
+    report("warmup", "running the first steps", None)
     measured = _warm_up(runner, scheduler_config)
     if config.mixed_step_tokens is None:
-        scheduler_config = replace(scheduler_config, mixed_step_tokens=measured.mixed_step_tokens(config.block_size))
+        allowed = min(measured.mixed_step_tokens(block_size), config.max_tokens_per_step)
+        scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed)
+    device.started()
     seconds["warmup"] = time.perf_counter() - warmup_started
 
     return Engine(
         core=EngineCore(runner, Scheduler(scheduler_config), on_step_start=on_step_start),
-        identity=_identity(config, ops, model, path),
+        identity=_identity(config, device, model, path, kv_dtype),
         scheduler_config=scheduler_config,
         vocab_size=model.config.vocab_size,
         model_path=path,
-        memory_bytes={"weights": model.weight_bytes, "kv_cache": kv_plan.kv_cache_bytes},
+        memory_bytes=device.memory_bytes(kv_plan.kv_cache_bytes),
         startup_seconds=seconds,
+        fallbacks=ops.fallbacks,
     )
 
 
-def _make_ops(config: EngineConfig) -> Ops:
-    if config.device not in ("auto", "cpu"):
-        raise StartupError(f"--device {config.device} is not supported: this build runs on cpu")
-    dtypes = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if config.dtype not in dtypes:
-        raise StartupError(f"--dtype {config.dtype} is not supported on cpu: choose one of {', '.join(dtypes)}")
-    return CpuOps(threads=config.threads, dtype=dtypes[config.dtype])
+def quantization_mode(name: str) -> QuantizationMode:
+    """The setting as a mode of the ops. Raises StartupError."""
+    for mode in get_args(QuantizationMode):
+        if mode == name:
+            return cast(QuantizationMode, mode)
+    raise StartupError(f"--quantization {name} is not supported: choose one of {', '.join(get_args(QuantizationMode))}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +156,7 @@ class WarmUp:
         return max(tokens // block_size, 1) * block_size
 
 
-def _warm_up(runner: Runner, config: SchedulerConfig) -> WarmUp:
+def _warm_up(runner: StepRunner, config: SchedulerConfig) -> WarmUp:
     """Touch the weights and the operators' caches, then time one prompt and one decode step.
 
     The plans are made by hand on blocks that nobody owns yet; their contents are overwritten before they are read.
@@ -165,7 +169,7 @@ def _warm_up(runner: Runner, config: SchedulerConfig) -> WarmUp:
     def timed(start: int, num_new_tokens: int, samples: bool) -> float:
         planned = PlannedRequest(request, start, num_new_tokens, blocks, samples, output_index=1)
         began = time.perf_counter()
-        runner.run(StepPlan(0, (planned,)))
+        runner.launch(StepPlan(0, (planned,))).result()
         return time.perf_counter() - began
 
     for _ in range(2):
@@ -174,18 +178,16 @@ def _warm_up(runner: Runner, config: SchedulerConfig) -> WarmUp:
     return WarmUp(decode, prefill, prompt_len)
 
 
-def _identity(config: EngineConfig, ops: Ops, model: DecoderModel, path: Path) -> Identity:
-    dtype = str(ops.dtype).removeprefix("torch.")
+def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: Path, kv_dtype: torch.dtype) -> Identity:
+    versions = {"stet": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     return Identity(
         model=config.model,
         architecture=model.config.architecture,
         weights_hash=weights_hash(path),
         num_parameters=model.config.num_parameters,
-        dtype=dtype,
-        kv_cache_dtype=dtype,
-        quantization="none",
-        device=f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
-        instruction_set=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
-        versions={"stet": VERSION, "torch": str(torch.__version__), "python": platform.python_version()},
+        dtype=dtype_name(device.ops.dtype),
+        kv_cache_dtype=dtype_name(kv_dtype),
+        quantization=config.quantization,
+        versions=versions | dict(device.versions()),
+        **device.describe(),
     )

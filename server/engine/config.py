@@ -37,12 +37,19 @@ class EngineConfig:
     """What the parent process asks of the engine. None means: the engine decides, and says what in `Ready`.
 
     model             a folder, a Hub id, or the name of the embedded model
+    device            "auto" (cuda if there is a GPU that it runs on), "cpu" or "cuda"
+    dtype             "auto" (the device's own), "bfloat16", "float16" or "float32"
+    quantization      "none", "w8a16" or "w8a8"
     max_model_len     None: what the model was made for, as far as the memory carries one such sequence
+    block_size        None: 16 on the CPU, 64 on CUDA
     kv_cache_bytes    None: a share of the memory that is free once the weights are loaded
     mixed_step_tokens None: measured at warm-up
     heartbeat_seconds time from one sign of life to the next
     log_format        "text" or "json", like the server's own lines
     threads           CPU threads of the engine; None: the physical cores this process may use
+    kv_cache_dtype    "auto" (that of the model), "bf16" or "int8"
+    gpu_memory_fraction  how much of the GPU's memory the engine may take in all
+    deterministic     False lets cuBLAS compute unquantized layers on CUDA: then tokens may depend on the batch
     """
 
     model: str = "stet-tales"
@@ -52,12 +59,15 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str = "none"
     max_model_len: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     kv_cache_bytes: int | None = None
     max_running: int = 64
     max_tokens_per_step: int = 2048
     mixed_step_tokens: int | None = None
     prefix_caching: bool = True
     threads: int | None = None
+    kv_cache_dtype: str = "auto"
+    gpu_memory_fraction: float = 0.9
+    deterministic: bool = True
     heartbeat_seconds: float = 0.2
     log_format: str = "text"

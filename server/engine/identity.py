@@ -11,8 +11,13 @@ class Identity:
 
     model          the name it was asked for by
     weights_hash   SHA-256 over the weights, see models.loader.weights_hash
-    instruction_set what the device's kernels were chosen by ("AVX512"), part of the identity on a CPU
-    versions       of this server, torch and Python
+    kv_cache_dtype what K and V are stored as
+    quantization   none, w8a16 or w8a8
+    device         the processor, or the GPU's name
+    instruction_set what the device's kernels were chosen by: "AVX512" on a CPU, "sm_90" on a GPU
+    threads        of the CPU backend
+    versions       of this server, torch and Python, and of Triton on a GPU
+    deterministic  whether every operator is row-invariant; if not, tokens may also depend on the batch
     """
 
     model: str
@@ -26,3 +31,4 @@ class Identity:
     instruction_set: str
     threads: int
     versions: dict[str, str]
+    deterministic: bool = True

@@ -1,4 +1,7 @@
-"""How much memory there is, and how it is shared between weights, KV cache and workspace."""
+"""How much memory there is, and how it is shared between weights, KV cache and workspace.
+
+Arithmetic on numbers that the callers bring, so that it can be tested without the device they stand for.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,11 @@ from server.engine.config import EngineConfig
 # HTTP process, and whatever else the machine is for.
 KV_SHARE_OF_FREE = 0.5
 
+# What a captured CUDA graph takes beside the tensors that all of them share: the driver's description of some hundred
+# launches. An estimate on the high side (no GPU was at hand to measure it), since the graphs are captured when the KV
+# cache is there already. What they took is measured then, and told in stet_memory_bytes{kind="graphs"}.
+GRAPH_BYTES = 16 << 20
+
 
 class MemorySettingError(Exception):
     """The settings ask for more than the machine or the model has: one line for a person, with the numbers."""
@@ -26,6 +34,34 @@ class KVCachePlan:
     num_blocks: int
     max_model_len: int
     kv_cache_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """The GPU's memory after loading, in bytes.
+
+    total       what the GPU has
+    foreign     what is taken by others: other processes, and the driver for this one
+    weights     what the model holds
+    peak        the most that this process held during a worst-case step, weights included, KV cache not
+    num_graphs  CUDA graphs to be captured later
+    """
+
+    total: int
+    foreign: int
+    weights: int
+    peak: int
+    num_graphs: int
+
+    @property
+    def graph_reserve(self) -> int:
+        """What is kept free for the graphs: their own share, and one worst-case step's tensors once more, since they
+        keep theirs in a pool of their own."""
+        return self.num_graphs * GRAPH_BYTES + (self.peak - self.weights if self.num_graphs else 0)
+
+    def kv_budget(self, fraction: float) -> int:
+        """What is left for the KV cache when all together may take `fraction` of the GPU; below 0 if nothing is."""
+        return int(self.total * fraction) - self.foreign - self.peak - self.graph_reserve
 
 
 def available_memory_bytes() -> int:
@@ -43,7 +79,11 @@ def available_memory_bytes() -> int:
 
 
 def plan_kv_cache(
-    specs: Sequence[KVCacheSpec], config: EngineConfig, max_positions: int, free_bytes: int
+    specs: Sequence[KVCacheSpec],
+    config: EngineConfig,
+    max_positions: int,
+    free_bytes: int,
+    share: float = KV_SHARE_OF_FREE,
 ) -> KVCachePlan:
     """Decide how many blocks to allocate.
 
@@ -51,7 +91,7 @@ def plan_kv_cache(
     does not fit then is shortened. Asked for (`--kv-cache-memory`, `--max-model-len`), it must fit, else
     MemorySettingError says what would.
     """
-    block_size = config.block_size
+    block_size = specs[0].block_size
     block_bytes = sum(spec.bytes_per_block for spec in specs)
     wanted_len = config.max_model_len or max_positions
     if wanted_len > max_positions:
@@ -62,7 +102,8 @@ def plan_kv_cache(
         raise MemorySettingError(
             f"--kv-cache-memory asks for {_mib(config.kv_cache_bytes)}, but only {_mib(free_bytes)} are free"
         )
-    budget = config.kv_cache_bytes if config.kv_cache_bytes is not None else int(free_bytes * KV_SHARE_OF_FREE)
+    budget = config.kv_cache_bytes if config.kv_cache_bytes is not None else int(free_bytes * share)
+    budget = max(budget, 0)
     blocks_per_sequence = -(-wanted_len // block_size)
     num_blocks = budget // block_bytes
     if config.kv_cache_bytes is None:
@@ -76,6 +117,67 @@ def plan_kv_cache(
             )
         wanted_len = fitting
     return KVCachePlan(num_blocks, wanted_len, num_blocks * block_bytes)
+
+
+def plan_gpu_kv_cache(
+    specs: Sequence[KVCacheSpec], config: EngineConfig, max_positions: int, use: GpuUse
+) -> KVCachePlan:
+    """`plan_kv_cache` within the engine's share of a GPU. MemorySettingError says how much is missing, and which
+    settings would make room."""
+    fraction = config.gpu_memory_fraction
+    # What is asked for by its size may exceed the engine's share, but not the GPU.
+    free = use.kv_budget(fraction if config.kv_cache_bytes is None else 1.0)
+    try:
+        return plan_kv_cache(specs, config, max_positions, free, share=1.0)
+    except MemorySettingError as error:
+        wanted_len = config.max_model_len or max_positions
+        if wanted_len > max_positions:
+            raise
+        block_bytes, block_size = sum(spec.bytes_per_block for spec in specs), specs[0].block_size
+        smallest = wanted_len if config.max_model_len is not None else block_size
+        needed = config.kv_cache_bytes or -(-smallest // block_size) * block_bytes
+        raise MemorySettingError(
+            f"{error}. {_mib(needed - free)} are missing: of {_mib(use.total)} on the GPU, --gpu-memory-fraction "
+            f"allows {_mib(int(use.total * fraction))}; others hold {_mib(use.foreign)}, the weights "
+            f"{_mib(use.weights)}, a step {_mib(use.peak - use.weights)}, and {_mib(use.graph_reserve)} are kept for "
+            f"graphs. What makes room: {', '.join(_ways_out(config, specs, use, needed - free))}"
+        ) from None
+
+
+def _ways_out(config: EngineConfig, specs: Sequence[KVCacheSpec], use: GpuUse, missing: int) -> list[str]:
+    """Settings that would save memory, those that suffice by themselves first."""
+    block_bytes = sum(spec.bytes_per_block for spec in specs)
+    ways: list[tuple[bool, str]] = []
+    fitting = max(use.kv_budget(config.gpu_memory_fraction), 0) // block_bytes * specs[0].block_size
+    if config.max_model_len is not None and fitting:
+        ways.append((True, f"--max-model-len {fitting}"))
+    if config.quantization == "none":
+        ways.append((use.weights * 0.45 >= missing, "--quantization w8a16"))
+    if config.kv_cache_dtype != "int8":
+        ways.append((False, "--kv-cache-dtype int8"))
+    if config.gpu_memory_fraction < 0.95:
+        ways.append((use.total * (0.95 - config.gpu_memory_fraction) >= missing, "--gpu-memory-fraction 0.95"))
+    ways.append(((use.peak - use.weights) / 2 >= missing, f"--max-tokens-per-step {config.max_tokens_per_step // 2}"))
+    ways.append((False, "a smaller --max-running"))
+    return [way for _, way in sorted(ways, key=lambda each: not each[0])]
+
+
+def check_weights(num_parameters: int, itemsize: int, config: EngineConfig, free_bytes: int) -> None:
+    """MemorySettingError if a model's weights cannot fit into what is free on the GPU.
+
+    itemsize: bytes of an unquantized parameter. Quantized ones are counted as one byte; what stays unquantized (the
+    embedding table) makes the true size larger, so a model that passes may still run out of memory.
+    """
+    needed = num_parameters * (itemsize if config.quantization == "none" else 1)
+    if needed <= free_bytes:
+        return
+    message = (
+        f"the weights of {config.model} take at least {_mib(needed)}, but {_mib(free_bytes)} are free on the GPU: "
+        f"{_mib(needed - free_bytes)} are missing"
+    )
+    if config.quantization == "none" and num_parameters <= free_bytes:
+        message += f"; --quantization w8a16 would take about {_mib(num_parameters)}"
+    raise MemorySettingError(message)
 
 
 def _mib(num_bytes: int) -> str:

@@ -46,7 +46,10 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The engine is warm. The limits here are the engine's own; it validates against them again."""
+    """The engine is warm. The limits here are the engine's own; it validates against them again.
+
+    `fallbacks`: how often each operator took its slower path, by operator, while the engine started.
+    """
 
     identity: Identity
     max_model_len: int
@@ -58,6 +61,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     memory_bytes: dict[str, int]
     model_path: str
     startup_seconds: dict[str, float]
+    fallbacks: dict[str, int] = {}
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -103,6 +107,7 @@ class StepStats(msgspec.Struct, frozen=True):
     Every position computed is a prompt position seen for the first time, a recomputed one, or the input of a decode
     row, which counts as the token it draws: step_tokens = prompt + recomputed + sampled.
     `pipeline_discarded_tokens` of the sampled ones were drawn for requests that had ended in the meantime.
+    `fallbacks`: how often each operator took its slower path since the step before, by operator.
     """
 
     step_id: int
@@ -120,6 +125,7 @@ class StepStats(msgspec.Struct, frozen=True):
     blocks_free: int
     blocks_used: int
     blocks_cached: int
+    fallbacks: dict[str, int] = {}
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag="step"):

@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -228,12 +229,29 @@ def _run(connection: Connection) -> int:
     except StartupError as error:
         connection.send(Failed(str(error), usage=True))
         return 2
-    connection.send(_ready(engine, time.perf_counter() - began))
-    _serve(connection, engine.core, pulse)
+    fallbacks = Fallbacks(engine.fallbacks)
+    connection.send(_ready(engine, time.perf_counter() - began, fallbacks.new()))
+    _serve(connection, engine.core, pulse, fallbacks)
     return 0
 
 
-def _ready(engine: Engine, build_seconds: float) -> Ready:
+class Fallbacks:
+    """Tells what a growing counter has counted since it was last asked."""
+
+    def __init__(self, counter: Counter[str]) -> None:
+        self._counter = counter
+        self._told: Counter[str] = Counter()
+
+    def new(self) -> dict[str, int]:
+        """Counts since the last call, by name."""
+        if self._counter == self._told:
+            return {}
+        new = dict(self._counter - self._told)
+        self._told = Counter(self._counter)
+        return new
+
+
+def _ready(engine: Engine, build_seconds: float, fallbacks: dict[str, int]) -> Ready:
     config = engine.scheduler_config
     return Ready(
         identity=engine.identity,
@@ -246,10 +264,11 @@ def _ready(engine: Engine, build_seconds: float) -> Ready:
         memory_bytes=engine.memory_bytes,
         model_path=str(engine.model_path),
         startup_seconds={**engine.startup_seconds, "import": build_seconds - sum(engine.startup_seconds.values())},
+        fallbacks=fallbacks,
     )
 
 
-def _serve(connection: Connection, core: EngineCore, pulse: Pulse) -> None:
+def _serve(connection: Connection, core: EngineCore, pulse: Pulse, fallbacks: Fallbacks) -> None:
     """Messages, then a step, and again, until the parent says Shutdown or is gone."""
     # What was loaded lives as long as the process: the collector need not look at it in the middle of a step.
     gc.collect()
@@ -269,7 +288,7 @@ def _serve(connection: Connection, core: EngineCore, pulse: Pulse) -> None:
                 case Init():
                     raise TypeError("Init came twice")
         for outcome in core.step():
-            connection.send(_step_output(core, outcome))
+            connection.send(_step_output(core, outcome, fallbacks.new()))
 
 
 def _submit(connection: Connection, core: EngineCore, submit: Submit) -> None:
@@ -291,7 +310,7 @@ def _submit(connection: Connection, core: EngineCore, submit: Submit) -> None:
         connection.send(StepOutput([refused]))
 
 
-def _step_output(core: EngineCore, outcome: StepOutcome) -> StepOutput:
+def _step_output(core: EngineCore, outcome: StepOutcome, fallbacks: dict[str, int]) -> StepOutput:
     deltas: list[Delta] = []
     for output in outcome.outputs:
         request = output.request
@@ -331,6 +350,7 @@ def _step_output(core: EngineCore, outcome: StepOutcome) -> StepOutput:
         blocks_free=gauges.blocks_free,
         blocks_used=gauges.blocks_used,
         blocks_cached=gauges.blocks_cached,
+        fallbacks=fallbacks,
     )
     return StepOutput(deltas, stats)
 

@@ -44,11 +44,29 @@ def test_flags() -> None:
         *"--max-model-len 64".split(),
         *"--kv-cache-memory 1.5GiB --max-running 3 --max-waiting 0 --max-tokens-per-step 512 --threads 2".split(),
         *"--mixed-step-tokens 32 --block-size 8 --no-prefix-caching --drain-timeout 2.5 --log-format json".split(),
-        *"--insecure --quantization none --max-crashes-per-minute 9".split(),
+        *"--insecure --quantization w8a16 --max-crashes-per-minute 9".split(),
+        *"--kv-cache-dtype int8 --gpu-memory-fraction 0.5 --no-deterministic".split(),
     )
     config = settings.engine_config()
     assert config == EngineConfig(
-        "some/model", "r", True, "cpu", "float32", "none", 64, 8, 3 * 2**29, 3, 512, 32, False, 2, log_format="json"
+        "some/model",
+        "r",
+        True,
+        "cpu",
+        "float32",
+        "w8a16",
+        64,
+        8,
+        3 * 2**29,
+        3,
+        512,
+        32,
+        False,
+        2,
+        "int8",
+        0.5,
+        False,
+        log_format="json",
     )
     assert (settings.host, settings.port, settings.max_waiting, settings.drain_timeout) == ("::1", 9, 0, 2.5)
     assert (settings.log_format, settings.insecure, settings.max_crashes_per_minute) == ("json", True, 9)
@@ -75,7 +93,10 @@ def test_a_flag_wins_over_a_variable() -> None:
         ("--port ٣", "--port: '٣' is not an integer"),
         ("--port 8000.0", "is not an integer"),
         ("--max-running 0", "is not an integer from 1"),
-        ("--quantization w8a8", "--quantization: 'w8a8' is not none (others come later)"),
+        ("--quantization int4", "--quantization: 'int4' is not one of none, w8a16, w8a8"),
+        ("--kv-cache-dtype fp8", "is not one of auto, bf16, int8"),
+        ("--gpu-memory-fraction 1.5", "--gpu-memory-fraction: '1.5' is not a fraction from 0.01 to 1"),
+        ("--gpu-memory-fraction nan", "is not a fraction"),
         ("--dtype int8", "is not one of auto, bfloat16, float16, float32"),
         ("--device tpu", "is not one of auto, cpu, cuda"),
         ("--kv-cache-memory 2GX", "is not a size such as 2GiB"),

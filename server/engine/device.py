@@ -1,0 +1,182 @@
+"""What an engine needs of the device that it runs on, and how the device is chosen."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from kernels.cpu import CpuOps
+from kernels.ops import Ops
+from models.config import ModelConfig
+from models.layers import DecoderModel
+from server.engine.config import EngineConfig
+from server.engine.memory import KVCachePlan, available_memory_bytes, plan_kv_cache
+from server.engine.plan import StepRunner
+from server.engine.runner import Runner
+
+logger = logging.getLogger(__name__)
+
+MIN_CAPABILITY = (8, 0)
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class StartupError(Exception):
+    """The engine cannot start with these settings: one line for a person, with what to do."""
+
+
+class Device(Protocol):
+    """Owns the ops, and knows how the device's memory is shared out.
+
+    block_size      tokens of a KV block, unless the settings say otherwise
+    pipeline_depth  steps in flight: 2 where the device computes beside the host
+    """
+
+    block_size: int
+    pipeline_depth: int
+
+    @property
+    def ops(self) -> Ops:
+        """The operators."""
+        ...
+
+    def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:
+        """Before loading. Raises MemorySettingError if the weights cannot fit."""
+        ...
+
+    def make_runner(
+        self, model: DecoderModel, config: EngineConfig, kv_dtype: torch.dtype, block_size: int
+    ) -> tuple[StepRunner, KVCachePlan]:
+        """After loading: a runner with as large a KV cache as there is room for. Raises MemorySettingError."""
+        ...
+
+    def warm_up(self, runner: Any, report: Callable[[float], None]) -> None:
+        """Do once what would make the first steps of `runner`, which is the one from `make_runner`, slow."""
+        ...
+
+    def started(self) -> None:
+        """The engine is warm: what only belongs to its start is a fault from now on."""
+        ...
+
+    def memory_bytes(self, kv_cache_bytes: int) -> dict[str, int]:
+        """What each kind takes: weights, kv_cache, and workspace and graphs where they are known."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The device's part of the identity: device, instruction_set, threads, deterministic."""
+        ...
+
+    def versions(self) -> Mapping[str, str]:
+        """Versions that belong to this device alone."""
+        ...
+
+
+class CpuDevice:
+    """The processor."""
+
+    block_size = 16
+    pipeline_depth = 1
+
+    def __init__(self, dtype: torch.dtype | None, threads: int | None) -> None:
+        self.ops = CpuOps(threads=threads, dtype=dtype)
+        self._weight_bytes = 0
+
+    def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:
+        """Nothing: the system may swap, and says when it cannot."""
+
+    def make_runner(
+        self, model: DecoderModel, config: EngineConfig, kv_dtype: torch.dtype, block_size: int
+    ) -> tuple[Runner, KVCachePlan]:
+        """The KV cache gets a share of the memory that is free."""
+        specs = model.kv_cache_specs(block_size, kv_dtype)
+        plan = plan_kv_cache(specs, config, model.config.max_position_embeddings, available_memory_bytes())
+        self._weight_bytes = model.weight_bytes
+        return Runner(model, self.ops, plan.num_blocks, block_size, model.config.eos_token_ids), plan
+
+    def warm_up(self, runner: Any, report: Callable[[float], None]) -> None:
+        """Nothing is compiled here."""
+
+    def started(self) -> None:
+        """Nothing changes."""
+
+    def memory_bytes(self, kv_cache_bytes: int) -> dict[str, int]:
+        return {"weights": self._weight_bytes, "kv_cache": kv_cache_bytes}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "device": processor(),
+            "instruction_set": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "deterministic": True,
+        }
+
+    def versions(self) -> Mapping[str, str]:
+        return {}
+
+
+def make_device(config: EngineConfig) -> Device:
+    """The device of these settings. Raises StartupError if it is not there, or does not do what they ask for."""
+    if choose_device(config.device) == "cuda":
+        if config.dtype not in ("auto", *_DTYPES):
+            raise StartupError(f"--dtype {config.dtype} is not supported: choose one of auto, {', '.join(_DTYPES)}")
+        # Triton takes time to import, and need not be there on other machines.
+        try:
+            from server.engine.cuda_device import CudaDevice
+        except ImportError as error:
+            raise StartupError(f"--device cuda needs Triton, which cannot be imported here ({error})") from error
+
+        return CudaDevice(_DTYPES.get(config.dtype), config.deterministic)
+    if config.dtype not in ("auto", "bfloat16", "float32"):
+        raise StartupError(f"--dtype {config.dtype} is not supported on cpu: choose one of auto, bfloat16, float32")
+    if config.quantization != "none":
+        raise StartupError(f"--quantization {config.quantization} is built for CUDA only so far: use none")
+    if config.kv_cache_dtype == "int8":
+        raise StartupError("--kv-cache-dtype int8 is built for CUDA only so far: use auto")
+    return CpuDevice(_DTYPES.get(config.dtype), config.threads)
+
+
+def choose_device(asked: str) -> str:
+    """ "cpu" or "cuda". Raises StartupError where cuda is asked for and is not there."""
+    if asked == "cpu":
+        return "cpu"
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    usable = capability is not None and capability >= MIN_CAPABILITY
+    if asked == "auto":
+        return "cuda" if usable and not interpreted else "cpu"
+    if asked != "cuda":
+        raise StartupError(f"--device {asked} is not supported: choose one of auto, cpu, cuda")
+    if interpreted:
+        logger.warning(
+            "TRITON_INTERPRET=1: the CUDA kernels run in Triton's interpreter on the CPU, which is very slow"
+        )
+        return "cuda"
+    if capability is None:
+        raise StartupError("--device cuda: torch sees no NVIDIA GPU here; use --device cpu")
+    if not usable:
+        name = ".".join(map(str, capability))
+        raise StartupError(f"--device cuda: the GPU has compute capability {name}, and 8.0 is needed; use --device cpu")
+    return "cuda"
+
+
+def kv_cache_dtype(asked: str, dtype: torch.dtype) -> torch.dtype:
+    """What K and V are stored as. Raises StartupError for what the kernels do not mix."""
+    if asked == "int8":
+        return torch.int8
+    if asked == "bf16" and dtype != torch.bfloat16:
+        raise StartupError(f"--kv-cache-dtype bf16 needs --dtype bfloat16, not {dtype_name(dtype)}: use auto")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without torch's prefix."""
+    return str(dtype).removeprefix("torch.")
+
+
+def processor() -> str:
+    """The processor, for the identity."""
+    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
