@@ -31,12 +31,14 @@ def _product(gate, up, GELU: tl.constexpr):
 
     Both activations are gate / (1 + exp(-z)): z = gate for silu, and z = 2 * sqrt(2 / pi) * (gate + 0.044715 gate^3)
     for gelu in its tanh form, because (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u)). That keeps its relative accuracy on both
-    sides, where 1 + tanh(u) cancels for negative u. Explicit fma and rounded division: equal bits in every kernel.
+    sides, where 1 + tanh(u) cancels for negative u. For negative z it is gate * exp(z) / (1 + exp(z)), which does not
+    overflow. Explicit fma and rounded division: equal bits in every kernel.
     """
-    negative_z = -gate
+    z = gate
     if GELU:
-        negative_z = gate * tl.fma(gate * gate, -0.07135481282715053, -1.5957691216057308)
-    return tl.div_rn(gate, 1.0 + tl.exp(negative_z)) * up
+        z = gate * tl.fma(gate * gate, 0.07135481282715053, 1.5957691216057308)
+    e = tl.exp(-tl.abs(z))
+    return tl.div_rn(gate * tl.where(z < 0, e, 1.0), 1.0 + e) * up
 
 
 @triton.jit

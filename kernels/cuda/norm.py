@@ -88,7 +88,11 @@ def _rms_norm(
         y = rounded_y.to(tl.float32)  # what the unfused operations would read back
         largest = largest_magnitude_bits(y).to(tl.float32, bitcast=True)
         tl.store(scales_ptr + row, tl.div_rn(largest, 127.0))
-        tl.store(out_ptr + offset, quantize_values(y, inverse_scale(largest)), mask=inside)
+        # Triton deals out a row to its threads by the widest access, and with it the order of the sum above. Writing
+        # bytes in no longer runs than x is read in leaves that order as it is without quantization.
+        run: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+        runs = tl.max_contiguous(tl.arange(0, BLOCK), run)
+        tl.store(out_ptr + row.to(tl.int64) * H + runs, quantize_values(y, inverse_scale(largest)), mask=inside)
     else:
         tl.store(out_ptr + offset, rounded_y, mask=inside)
 
