@@ -108,7 +108,7 @@ def _linear(
     N,
     K,
     segments,
-    segment_k,
+    SEGMENT_K,
     SEGMENTED: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -139,8 +139,8 @@ def _linear(
     zero = tl.zeros([BLOCK_N, BLOCK_M], sum_type)
 
     if SPLIT:
-        first_k = segment * segment_k
-        last_k = tl.minimum(first_k + segment_k, K)
+        first_k = segment * SEGMENT_K
+        last_k = tl.minimum(first_k + SEGMENT_K, K)
         acc = _chain(zero, w_ptrs + first_k, x_ptrs + first_k, first_k, last_k, BLOCK_K, EVEN_K)
         own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         own_ptrs = partials_ptr + tile.to(tl.int64) * (BLOCK_N * BLOCK_M) + own
@@ -159,8 +159,8 @@ def _linear(
             _store(total, n, m, rows, N, w_scales_ptr, x_scales_ptr, bias_ptr, out_ptr)
     elif SEGMENTED:
         total = zero
-        for first_k in range(0, K, segment_k):
-            last_k = tl.minimum(first_k + segment_k, K)
+        for first_k in range(0, K, SEGMENT_K):
+            last_k = tl.minimum(first_k + SEGMENT_K, K)
             total += _chain(zero, w_ptrs + first_k, x_ptrs + first_k, first_k, last_k, BLOCK_K, EVEN_K)
         _store(total, n, m, rows, N, w_scales_ptr, x_scales_ptr, bias_ptr, out_ptr)
     else:
@@ -361,7 +361,7 @@ def _variant(mode: QuantizationMode, dtype: torch.dtype, n: int, k: int, rows: i
         "x_ptr": "*i8" if mode == "w8a8" else floating,
         "w_ptr": floating if mode == "none" else "*i8",
         "out_ptr": floating,
-        **dict.fromkeys(("rows", "N", "K", "segments", "segment_k"), "i32"),
+        **dict.fromkeys(("rows", "N", "K", "segments", "SEGMENT_K"), "i32"),
     }
     if mode != "none":
         signature["w_scales_ptr"] = "*fp32"
