@@ -23,7 +23,7 @@ from server.engine.config import EngineConfig, SchedulerConfig
 from server.engine.core import EngineCore
 from server.engine.device import Device, StartupError, dtype_name, kv_cache_dtype, make_device
 from server.engine.identity import Identity
-from server.engine.memory import MemorySettingError
+from server.engine.memory import KVCachePlan, MemorySettingError
 from server.engine.plan import PlannedRequest, StepPlan, StepRunner
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Scheduler
@@ -82,8 +82,7 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
     started = time.perf_counter()
     device = make_device(config)
     ops = device.ops
-    kv_dtype = kv_cache_dtype(config.kv_cache_dtype, ops.dtype)
-    block_size = config.block_size or device.block_size
+    kv_cache_dtype(config.kv_cache_dtype, ops.dtype)  # before minutes of loading
     path = resolve_model(
         config.model,
         config.revision,
@@ -99,6 +98,32 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
     seconds = {"load": time.perf_counter() - started}
 
     warmup_started = time.perf_counter()
+    core, kv_plan = start_core(device, model, config, report, on_step_start)
+    seconds["warmup"] = time.perf_counter() - warmup_started
+
+    return Engine(
+        core=core,
+        identity=_identity(config, device, model, path),
+        scheduler_config=core.scheduler.config,
+        vocab_size=model.config.vocab_size,
+        model_path=path,
+        memory_bytes=device.memory_bytes(kv_plan.kv_cache_bytes),
+        startup_seconds=seconds,
+        fallbacks=ops.fallbacks,
+    )
+
+
+def start_core(
+    device: Device,
+    model: DecoderModel,
+    config: EngineConfig,
+    report: Report = lambda phase, message, fraction: None,
+    on_step_start: Callable[[int, float], None] = lambda step_id, predicted: None,
+) -> tuple[EngineCore, KVCachePlan]:
+    """A warm core around a loaded model, and how large its KV cache became. Raises as `build_engine` does, and
+    MemorySettingError."""
+    kv_dtype = kv_cache_dtype(config.kv_cache_dtype, device.ops.dtype)
+    block_size = config.block_size or device.block_size
     report("warmup", "sharing out the memory", None)
     runner, kv_plan = device.make_runner(model, config, kv_dtype, block_size)
     scheduler_config = SchedulerConfig(
@@ -119,18 +144,7 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
         allowed = min(measured.mixed_step_tokens(block_size), config.max_tokens_per_step)
         scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed)
     device.started()
-    seconds["warmup"] = time.perf_counter() - warmup_started
-
-    return Engine(
-        core=EngineCore(runner, Scheduler(scheduler_config), on_step_start=on_step_start),
-        identity=_identity(config, device, model, path, kv_dtype),
-        scheduler_config=scheduler_config,
-        vocab_size=model.config.vocab_size,
-        model_path=path,
-        memory_bytes=device.memory_bytes(kv_plan.kv_cache_bytes),
-        startup_seconds=seconds,
-        fallbacks=ops.fallbacks,
-    )
+    return EngineCore(runner, Scheduler(scheduler_config), on_step_start=on_step_start), kv_plan
 
 
 def quantization_mode(name: str) -> QuantizationMode:
@@ -178,7 +192,7 @@ def _warm_up(runner: StepRunner, config: SchedulerConfig) -> WarmUp:
     return WarmUp(decode, prefill, prompt_len)
 
 
-def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: Path, kv_dtype: torch.dtype) -> Identity:
+def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: Path) -> Identity:
     versions = {"stet": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     return Identity(
         model=config.model,
@@ -186,7 +200,7 @@ def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: P
         weights_hash=weights_hash(path),
         num_parameters=model.config.num_parameters,
         dtype=dtype_name(device.ops.dtype),
-        kv_cache_dtype=dtype_name(kv_dtype),
+        kv_cache_dtype=dtype_name(kv_cache_dtype(config.kv_cache_dtype, device.ops.dtype)),
         quantization=config.quantization,
         versions=versions | dict(device.versions()),
         **device.describe(),

@@ -81,13 +81,13 @@ class CudaDevice:
         trial = runner(num_blocks, longest)
         trial.run_worst_case()
         torch.cuda.synchronize()
-        self._peak_bytes = torch.cuda.max_memory_allocated() - cache_bytes
+        self._peak_bytes = torch.cuda.max_memory_allocated() - cache_bytes - self._base_bytes
         del trial
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
         use = GpuUse(
             total=total,
-            foreign=total - free - torch.cuda.memory_reserved(),
+            foreign=total - free - torch.cuda.memory_reserved() + self._base_bytes,
             weights=self._weight_bytes,
             peak=self._peak_bytes,
             num_graphs=len(decode_buckets(config.max_running)),
