@@ -44,6 +44,8 @@ class Variant:
     num_warps, num_stages   as launched
     hot        it runs in every step: it must not spill registers
     matrix     whether it must use the tensor cores
+    same_order variants of one module with the same text here must sum floats in one order: their results are promised
+               to agree to the bit
     """
 
     name: str
@@ -55,6 +57,7 @@ class Variant:
     num_stages: int = 3
     hot: bool = True
     matrix: bool = False
+    same_order: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,8 @@ class Compiled:
     shared_bytes            of a block
     matrix                  the tensor-core instructions, such as "wgmma m64n16k16", sorted; empty if there is none
     tma                     whether tiles come through the tensor memory accelerator
+    same_order              that of the variant
+    order                   how floats lie in threads where they are reduced, which decides the order of the sum
     problems                what breaks this project's rules for kernels, in words; empty if all is well
     """
 
@@ -76,6 +81,8 @@ class Compiled:
     shared_bytes: int
     matrix: tuple[str, ...]
     tma: bool
+    same_order: str
+    order: tuple[str, ...]
     problems: tuple[str, ...]
 
     def line(self) -> str:
@@ -139,6 +146,8 @@ def compile_variant(module: str, variant: Variant, capability: int) -> Compiled:
         shared_bytes=shared_bytes,
         matrix=matrix,
         tma="cp.async.bulk.tensor" in ptx,
+        same_order=variant.same_order,
+        order=_reduction_orders(kernel.asm["ttgir"]),
         problems=tuple(problems),
     )
 
@@ -169,6 +178,29 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing about registers: {text!r}")
     return int(found[1]), int(found[2])
+
+
+def _reduction_orders(ttgir: str) -> tuple[str, ...]:
+    """The layout of every float tensor that is reduced, sorted.
+
+    Warps that lie along other dimensions than the reduced one only take other rows: their number is left out.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\S*<\{.*\}>)$", ttgir, re.MULTILINE))
+    reductions = re.finditer(
+        r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32\}>.*?\}\) : \(tensor<([\dx]+)xf32, (#\w+)>\)', ttgir, re.DOTALL
+    )
+    found: set[str] = set()
+    for axis, shape, alias in (match.groups() for match in reductions):
+        lengths = shape.split("x")
+        lengths = [length if index == int(axis) else "*" for index, length in enumerate(lengths)]
+
+        def forget_other_warps(match: re.Match[str], axis: str = axis) -> str:
+            counts = match[1].split(", ")
+            return f"warpsPerCTA = [{', '.join(c if i == int(axis) else '*' for i, c in enumerate(counts))}]"
+
+        layout = re.sub(r"warpsPerCTA = \[([^\]]*)\]", forget_other_warps, layouts[alias])
+        found.add(f"axis {axis} of [{', '.join(lengths)}] in {layout}")
+    return tuple(sorted(found))
 
 
 def _matrix_instructions(ptx: str) -> tuple[str, ...]:

@@ -222,6 +222,7 @@ def variants(capability: int) -> list[Variant]:
                 constants=constants,
                 aligned=frozenset(pointers),
                 num_warps=warps,
+                same_order=f"rms_norm h{hidden}",
             )
         )
     block, warps = row_launch(4096, MAX_QUANTIZE_BLOCK)

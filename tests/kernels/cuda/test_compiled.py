@@ -36,7 +36,7 @@ def compiled() -> list[Compiled]:
     outputs = [process.communicate()[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     rows: list[dict[str, Any]] = [json.loads(line) for output in outputs for line in output.splitlines()]
-    results = [Compiled(**row | {"matrix": tuple(row["matrix"]), "problems": tuple(row["problems"])}) for row in rows]
+    results = [Compiled(**{n: tuple(v) if isinstance(v, list) else v for n, v in row.items()}) for row in rows]
     order = {name: index for index, name in enumerate(MODULES)}
     return sorted(results, key=lambda result: (result.capability, order[result.module]))
 
@@ -48,6 +48,22 @@ def test_no_variant_breaks_the_rules(compiled: list[Compiled]) -> None:
     }
     problems = [f"{result.line()}: {'; '.join(result.problems)}" for result in compiled if result.problems]
     assert not problems, "\n".join(problems)
+
+
+def test_what_must_agree_to_the_bit_sums_in_one_order(compiled: list[Compiled]) -> None:
+    """Decode and prompts, with and without quantization: how a row lies in threads decides the order of its sums."""
+    groups: dict[tuple[int, str, str], set[tuple[str, ...]]] = {}
+    members: dict[tuple[int, str, str], int] = {}
+    for result in compiled:
+        if result.same_order:
+            key = (result.capability, result.module, result.same_order)
+            groups.setdefault(key, set()).add(result.order)
+            members[key] = members.get(key, 0) + 1
+    assert {module for _, module, _ in groups} == {"attention", "norm"}
+    assert sum(count > 1 for count in members.values()) >= 3 * len(CAPABILITIES)
+    assert all(order for orders in groups.values() for order in orders)
+    differing = {key: orders for key, orders in groups.items() if len(orders) > 1}
+    assert not differing
 
 
 def test_table_is_the_committed_one(compiled: list[Compiled]) -> None:
