@@ -234,6 +234,10 @@ class Service:
             if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
                 bad = next(token_id for token_id in ids if not 0 <= token_id < vocabulary)
                 found.append(Problem(name, f"{name} must be ids in the vocabulary; {bad} is not.", bad, ids_allowed))
+        capacity = self._capacity(ready)
+        if request.n > capacity:
+            message = f"n must not exceed the {capacity} places of this server."
+            found.append(Problem("n", message, request.n, f"1 to {capacity}"))
         if request.messages is not None:
             if text.template is None:
                 message = "This model has no chat template: send the whole text as `prompt`."
@@ -328,7 +332,7 @@ class Service:
             raise self._not_ready()
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        capacity = ready.max_running + self._settings.max_waiting
+        capacity = self._capacity(ready)
         if self._places_taken + request.n > capacity:
             message = f"All {capacity} places are taken ({ready.max_running} running, the rest waiting)."
             raise Refusal("queue_full", [Problem(None, message)], self._retry_after(request.n))
@@ -439,6 +443,10 @@ class Service:
             stop_token_ids=request.stop_token_ids,
             ignore_eos=request.ignore_eos,
         )
+
+    def _capacity(self, ready: Ready) -> int:
+        """Places, taken or not."""
+        return ready.max_running + self._settings.max_waiting
 
     @staticmethod
     def _context(ready: Ready) -> int:

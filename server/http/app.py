@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.generation import Problem
 from server.http.errors import ClientGone, HttpError, error_response, internal_problem
-from server.http.generate import GenerationResponse, Generator, known_params, read_request
+from server.http.generate import GenerationResponse, Generator, known_params, read_generate
 from server.http.limits import Limits
 from server.http.sse import encode_json
 from server.metrics import Metrics
@@ -52,7 +52,7 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
         fields: dict[str, Any] = request.scope[_FIELDS]
         began = time.monotonic()
         try:
-            parsed = await read_request(request, service, limits)
+            call = await read_generate(request, service, limits)
         except HttpError as error:
             # The service never heard of this request: its ending is counted here.
             _count_refusal(metrics, error.code, began)
@@ -64,8 +64,8 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
         except BaseException:
             _count_refusal(metrics, "internal", began)
             raise
-        fields["stream"] = parsed.stream
-        return GenerationResponse(service, parsed, limits, fields)
+        fields["stream"] = call.stream
+        return GenerationResponse(call, limits, fields)
 
     @app.api_route("/info", methods=["GET", "HEAD"], response_model=None)
     async def info() -> Response:

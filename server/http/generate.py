@@ -1,11 +1,13 @@
-"""`POST /generate`: from bytes to a checked request, and from its events to an answer or a stream."""
+"""What both dialects do with a request: from bytes to a checked call, and from its events to an answer or a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, MutableMapping
+import re
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from starlette.requests import Request
@@ -25,7 +27,7 @@ from server.generation import (
 )
 from server.http.errors import HttpError, error_response, internal_problem, refusal_response
 from server.http.limits import Limits, parse_json_object, read_body
-from server.http.schemas import GenerateBody, ParsedBody, parse_generate
+from server.http.schemas import GenerateBody, parse_generate
 from server.http.sse import KEEP_ALIVE, AnswerBuilder, EventWriter
 
 logger = logging.getLogger("stet.http")
@@ -49,35 +51,96 @@ class Generator(Protocol):
     def generate(self, request: GenerationRequest, endpoint: str = "/generate") -> AsyncIterator[Event]: ...
 
 
-async def read_request(request: Request, service: Generator, limits: Limits) -> ParsedBody:
-    """The checked body. Raises HttpError with every problem that the body and the engine's limits can show."""
+class StreamWriter(Protocol):
+    """One request's events as the bytes of a stream. Empty bytes are not sent."""
+
+    def started(self, event: Started) -> bytes: ...
+
+    def delta(self, event: TextDelta) -> bytes: ...
+
+    def finished(self, event: ChoiceFinished) -> bytes: ...
+
+    def completed(self, event: Completed) -> bytes: ...
+
+    def failed(self, open_outputs: Sequence[int], code: str, problems: Sequence[Problem]) -> bytes: ...
+
+
+class AnswerWriter(Protocol):
+    """One request's events as one JSON body."""
+
+    def delta(self, event: TextDelta) -> None: ...
+
+    def finished(self, event: ChoiceFinished) -> None: ...
+
+    def answer(self, started: Started, event: Completed) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A body in either dialect, checked: what to ask of the service, and how to write what comes of it.
+
+    endpoint      the route, as the metrics name it
+    num_outputs   choices of all prompts
+    events        starts it: the events of the service, or of several requests as one
+    respell       a problem of the service in the words of this dialect
+    """
+
+    endpoint: str
+    stream: bool
+    num_outputs: int
+    events: Callable[[], AsyncIterator[Event]]
+    writer: Callable[[], StreamWriter]
+    builder: Callable[[], AnswerWriter]
+    respell: Callable[[Problem], Problem] = lambda problem: problem
+
+
+async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
+    """The JSON object of a body, within the limits. Raises HttpError, ClientGone."""
     body = await read_body(request.headers, request.receive, limits)
     if len(body) > _THREAD_ABOVE_BYTES:
-        parsed = await asyncio.to_thread(_parse, body)
-    else:
-        parsed = _parse(body)
-    problems = _merge(parsed.problems, service.problems(parsed.request))
+        return await asyncio.to_thread(parse_json_object, body)
+    return parse_json_object(body)
+
+
+async def read_generate(request: Request, service: Generator, limits: Limits) -> Call:
+    """The checked body of /generate. Raises HttpError with every problem that the body and the limits can show."""
+    sent = await read_object(request, limits)
+    parsed = await asyncio.to_thread(parse_generate, sent) if _is_large(sent) else parse_generate(sent)
+    wanted = parsed.request
+    refuse(merge(parsed.problems, service.problems(wanted)), parsed.unsupported)
+    return Call(
+        "/generate",
+        parsed.stream,
+        wanted.n,
+        lambda: service.generate(wanted),
+        lambda: EventWriter(wanted.return_token_ids, wanted.request_id),
+        lambda: AnswerBuilder(wanted.return_token_ids),
+    )
+
+
+def _is_large(sent: Mapping[str, Any]) -> bool:
+    """Whether checking a body would hold up the streams: only long lists and objects in it take time."""
+    return any(isinstance(value, list | dict) and len(value) > 4096 for value in sent.values())
+
+
+def refuse(problems: list[Problem], unsupported: list[Problem]) -> None:
+    """Raise HttpError if there is anything wrong with a body, or wished in it that is not carried out."""
     if problems:
-        raise HttpError("invalid_request", _merge(problems, parsed.unsupported))
-    if parsed.unsupported:
-        raise HttpError("unsupported", parsed.unsupported)
-    return parsed
+        raise HttpError("invalid_request", merge(problems, unsupported))
+    if unsupported:
+        raise HttpError("unsupported", unsupported)
 
 
-def _parse(body: bytes) -> ParsedBody:
-    return parse_generate(parse_json_object(body))
-
-
-def _merge(first: list[Problem], second: list[Problem]) -> list[Problem]:
+def merge(first: list[Problem], second: list[Problem]) -> list[Problem]:
     """Both lists; of two problems of one parameter the first stays."""
     named = {problem.param for problem in first}
     return first + [problem for problem in second if problem.param not in named]
 
 
-def known_params(problems: list[Problem]) -> list[str]:
+def known_params(problems: list[Problem], known: Collection[str] = GenerateBody.model_fields.keys()) -> list[str]:
     """The parameters of problems, for the log: only names of ours, since an unknown one may be a piece of a prompt."""
-    names = {(problem.param or "").split("[")[0] for problem in problems}
-    return sorted(names & GenerateBody.model_fields.keys())
+    names = {re.split(r"[.\[]", problem.param or "")[0] for problem in problems}
+    return sorted(names & set(known))
 
 
 class GenerationResponse(Response):
@@ -87,18 +150,14 @@ class GenerationResponse(Response):
     on every way out, at once when the client leaves. `fields` receives what the log line says about the request.
     """
 
-    def __init__(
-        self, service: Generator, parsed: ParsedBody, limits: Limits, fields: MutableMapping[str, Any]
-    ) -> None:
+    def __init__(self, call: Call, limits: Limits, fields: MutableMapping[str, Any]) -> None:
         self.background = None
-        self._service = service
-        self._request = parsed.request
-        self._streams = parsed.stream
+        self._call = call
         self._limits = limits
         self._fields = fields
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        write = self._write_stream if self._streams else self._write_answer
+        write = self._write_stream if self._call.stream else self._write_answer
         work = asyncio.create_task(write(scope, receive, send))
         # The body has been read, so the next message is the end of the connection (or of our answer).
         gone = asyncio.create_task(_until_disconnect(receive))
@@ -112,10 +171,10 @@ class GenerationResponse(Response):
             work.result()
 
     def _events(self) -> aclosing[Any]:
-        return aclosing(cast("Any", self._service.generate(self._request)))
+        return aclosing(cast("Any", self._call.events()))
 
     async def _write_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        builder = AnswerBuilder(self._request.return_token_ids)
+        builder = self._call.builder()
         started: Started | None = None
         failure: str | None = None
         response: Response | None = None
@@ -136,21 +195,21 @@ class GenerationResponse(Response):
                         case Completed():
                             self._note_usage(event)
                             if started is not None and failure is None:
-                                body = builder.answer(started.id, started.model, event)
+                                body = builder.answer(started, event)
                                 response = Response(body, media_type="application/json")
         except Refusal as refusal:
             self._fields["outcome"] = refusal.code
-            response = refusal_response(refusal)
+            response = refusal_response(self._respelled(refusal))
         if response is None:
             # Nothing has been sent, so a failure in the middle can still be a status instead of half a text.
             response = error_response("internal", [Problem(None, failure) if failure else internal_problem()])
         await response(scope, receive, send)
 
     async def _write_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writer = EventWriter(self._request.return_token_ids, self._request.request_id)
+        writer = self._call.writer()
         wire = _Wire(send, self._limits)
         ticker = asyncio.create_task(wire.keep_alive())
-        open_outputs = set(range(self._request.n))
+        open_outputs = set(range(self._call.num_outputs))
         failed: tuple[str, list[Problem]] | None = None
         completed: Completed | None = None
         try:
@@ -162,9 +221,12 @@ class GenerationResponse(Response):
                             if data:
                                 await wire.write(data)
                         case Started():
-                            writer.id = event.id
                             self._fields["id"] = event.id
-                            await wire.start()
+                            data = writer.started(event)
+                            if data:
+                                await wire.write(data)
+                            else:
+                                await wire.start()
                         case ChoiceFinished():
                             self._note_finish(event)
                             if event.finish_reason is FinishReason.ERROR:
@@ -180,13 +242,13 @@ class GenerationResponse(Response):
             self._fields["outcome"] = refusal.code
             if not wire.started:
                 ticker.cancel()
-                await refusal_response(refusal)(scope, receive, send)
+                await refusal_response(self._respelled(refusal))(scope, receive, send)
                 return
-            failed = (refusal.code, refusal.problems)
+            failed = (refusal.code, self._respelled(refusal).problems)
         except Exception:
             if not wire.started:
                 raise
-            logger.exception("a stream failed", extra={"fields": {"id": writer.id}})
+            logger.exception("a stream failed", extra={"fields": {"id": self._fields.get("id")}})
             failed = ("internal", [internal_problem()])
         finally:
             ticker.cancel()
@@ -195,6 +257,10 @@ class GenerationResponse(Response):
         else:
             code, problems = failed or ("internal", [internal_problem()])
             await wire.write(writer.failed(sorted(open_outputs), code, problems), last=True)
+
+    def _respelled(self, refusal: Refusal) -> Refusal:
+        problems = [self._call.respell(problem) for problem in refusal.problems]
+        return Refusal(refusal.code, problems, refusal.retry_after)
 
     def _note_finish(self, event: ChoiceFinished) -> None:
         self._fields.setdefault("finish_reasons", []).append(event.finish_reason.value)

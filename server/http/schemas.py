@@ -1,12 +1,10 @@
 """The body of `POST /generate`: its parameters, their ranges, and every problem of a body at once.
 
-One class holds the table of docs/api.md: a test compares the two, so that the page cannot drift. Pydantic says where a
-value is wrong; the words come from `allowed`, so that every message reads the same and none quotes a library.
+One class holds the table of docs/api.md: a test compares the two, so that the page cannot drift.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -16,31 +14,21 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    JsonValue,
     StringConstraints,
-    ValidationError,
 )
-from pydantic.fields import FieldInfo
 
 from server.generation import GenerationRequest, Problem
+from server.http.fields import Words, allowed_of, check, must_be, not_yet, parameter, short, unknown_names
 
 MAX_SEED = 2**63 - 1
 # The engine divides logits by a penalty in float32: what is less than this normal number would be 0 there.
 SMALLEST_FLOAT32 = 2.0**-126
-_MAX_UNKNOWN = 16
-_MAX_NAME_CHARS = 64
 _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 
 ROLES = ("system", "user", "assistant", "tool")
 
 _NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-def _parameter(allowed: str, note: str = "", *, default: Any = None, shown: str = "null", **bounds: Any) -> Any:
-    """A field whose `allowed` text is what errors say, and with `note` and `shown` a row of docs/api.md."""
-    extra: dict[str, JsonValue] = {"allowed": allowed, "note": note, "shown": shown}
-    return Field(default=default, json_schema_extra=extra, **bounds)
 
 
 def _one_or_many(value: Any) -> Any:
@@ -61,38 +49,38 @@ class GenerateBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
-    prompt: str | None = _parameter("text", "exactly one of `prompt`, `prompt_token_ids`, `messages`")
-    prompt_token_ids: list[_TokenId] | None = _parameter(
+    prompt: str | None = parameter("text", "exactly one of `prompt`, `prompt_token_ids`, `messages`")
+    prompt_token_ids: list[_TokenId] | None = parameter(
         "one or more token ids in the vocabulary", min_length=1, fail_fast=True
     )
-    messages: list[Message] | None = _parameter(
+    messages: list[Message] | None = parameter(
         "one or more objects with `role` and `content`",
         "roles: system, user, assistant, tool; the model's chat template makes the prompt",
         min_length=1,
         fail_fast=True,
     )
 
-    max_new_tokens: int | None = _parameter(
+    max_new_tokens: int | None = parameter(
         "an integer from 1 to the context length − the prompt", shown="min(256, room)", ge=1, lt=2**31
     )
-    min_new_tokens: int | None = _parameter(
+    min_new_tokens: int | None = parameter(
         "an integer from 0 to `max_new_tokens`", "until then no end can be drawn", shown="0", ge=0, lt=2**31
     )
-    temperature: float | None = _parameter(
+    temperature: float | None = parameter(
         "a number from 0 to 2", "0 is exact greedy", shown="the model's, else 1", ge=0, le=2, allow_inf_nan=False
     )
-    do_sample: bool | None = _parameter("true or false", "false is temperature 0", shown="true")
-    top_k: int | None = _parameter(
+    do_sample: bool | None = parameter("true or false", "false is temperature 0", shown="true")
+    top_k: int | None = parameter(
         "an integer from −1 to the vocabulary size", "0 or −1 is off", shown="the model's, else off", ge=-1, lt=2**31
     )
-    top_p: float | None = _parameter(
+    top_p: float | None = parameter(
         "a number above 0, up to 1", "1 is off", shown="the model's, else 1", gt=0, le=1, allow_inf_nan=False
     )
-    typical_p: float | None = _parameter(
+    typical_p: float | None = parameter(
         "a number above 0, up to 1", "1 is off", shown="the model's, else 1", gt=0, le=1, allow_inf_nan=False
     )
-    min_p: float | None = _parameter("a number from 0 to 1", "0 is off", shown="0", ge=0, le=1, allow_inf_nan=False)
-    repetition_penalty: float | None = _parameter(
+    min_p: float | None = parameter("a number from 0 to 1", "0 is off", shown="0", ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = parameter(
         "a number above 0, up to 10",
         "1 is off; counts prompt and output",
         shown="the model's, else 1",
@@ -100,51 +88,53 @@ class GenerateBody(BaseModel):
         le=10,
         allow_inf_nan=False,
     )
-    presence_penalty: float | None = _parameter(
+    presence_penalty: float | None = parameter(
         "a number from −2 to 2", "0 is off; counts output only", shown="0", ge=-2, le=2, allow_inf_nan=False
     )
-    frequency_penalty: float | None = _parameter(
+    frequency_penalty: float | None = parameter(
         "a number from −2 to 2", "0 is off; counts output only", shown="0", ge=-2, le=2, allow_inf_nan=False
     )
-    logit_bias: dict[str, Any] | None = _parameter(
+    logit_bias: dict[str, Any] | None = parameter(
         "an object from token ids to numbers from −100 to 100",
         "the ids are keys, so they are written as text",
         shown="{}",
     )
-    seed: int | None = _parameter(
+    seed: int | None = parameter(
         "an integer from 0 to 2^63 − 1", "drawn (below 2^53) and returned when null", ge=0, le=MAX_SEED
     )
+    n: int | None = parameter(
+        "an integer from 1 to 8", "that many choices of the same prompt, each drawn for itself", shown="1", ge=1, le=8
+    )
 
-    stop: Annotated[list[_NonEmpty] | None, BeforeValidator(_one_or_many)] = _parameter(
+    stop: Annotated[list[_NonEmpty] | None, BeforeValidator(_one_or_many)] = parameter(
         "a non-empty string, or up to 16 of them", shown="[]", max_length=16, fail_fast=True
     )
-    include_stop: bool | None = _parameter("true or false", "keeps the matched string in the text", shown="false")
-    stop_token_ids: list[_TokenId] | None = _parameter(
+    include_stop: bool | None = parameter("true or false", "keeps the matched string in the text", shown="false")
+    stop_token_ids: list[_TokenId] | None = parameter(
         "up to 64 token ids in the vocabulary", shown="[]", max_length=64, fail_fast=True
     )
-    ignore_eos: bool | None = _parameter("true or false", shown="false")
+    ignore_eos: bool | None = parameter("true or false", shown="false")
 
-    stream: bool | None = _parameter("true or false", "server-sent events instead of one answer", shown="false")
-    return_token_ids: bool | None = _parameter("true or false", shown="false")
-    skip_special_tokens: bool | None = _parameter("true or false", "leaves them out of the text", shown="true")
-    add_special_tokens: bool | None = _parameter("true or false", "to a `prompt`", shown="true")
-    priority: int | None = _parameter(
+    stream: bool | None = parameter("true or false", "server-sent events instead of one answer", shown="false")
+    return_token_ids: bool | None = parameter("true or false", shown="false")
+    skip_special_tokens: bool | None = parameter("true or false", "leaves them out of the text", shown="true")
+    add_special_tokens: bool | None = parameter("true or false", "to a `prompt`", shown="true")
+    priority: int | None = parameter(
         "an integer from −100 to 0", "higher first; aged by waiting, so that none starves", shown="0", ge=-100, le=0
     )
-    request_id: str | None = _parameter(
+    request_id: str | None = parameter(
         "1 to 128 printable characters",
         "becomes the `id` of the answer; need not be unique",
         min_length=1,
         max_length=128,
     )
-    cache_salt: str | None = _parameter(
+    cache_salt: str | None = parameter(
         "up to 256 characters", "shares cached prefixes only with itself", max_length=256
     )
 
 
 # Parameters that the wire contract names and this version does not carry out, with the one value that asks for nothing.
 UNSUPPORTED: Mapping[str, Any] = {
-    "n": 1,
     "logprobs": None,
     "prompt_logprobs": None,
     "allowed_token_ids": None,
@@ -160,13 +150,15 @@ UNSUPPORTED: Mapping[str, Any] = {
     "dry_run": False,
 }
 
-_ITEMS = {
-    "prompt_token_ids": "a token id: an integer from 0",
-    "stop_token_ids": "a token id: an integer from 0",
-    "stop": "a non-empty string",
-    "messages": "an object with `role` and `content`",
-}
-_MESSAGE_MEMBERS = {"role": f"one of {', '.join(ROLES)}", "content": "a string"}
+WORDS = Words(
+    items={
+        "prompt_token_ids": "a token id: an integer from 0",
+        "stop_token_ids": "a token id: an integer from 0",
+        "stop": "a non-empty string",
+        "messages": "an object with `role` and `content`",
+    },
+    members={"messages": {"role": f"one of {', '.join(ROLES)}", "content": "a string"}},
+)
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
@@ -192,21 +184,21 @@ class ParsedBody:
 
 def parse_generate(body: Mapping[str, Any]) -> ParsedBody:
     """Check a JSON object against the parameters. Never raises for what a client may send."""
-    fields = GenerateBody.model_fields
-    problems = _unknown([name for name in body if name not in fields and name not in UNSUPPORTED])
-    unsupported = [_not_yet(name, body[name]) for name in UNSUPPORTED if name in body and _asks(name, body[name])]
+    unknown = unknown_names(body, [*GenerateBody.model_fields, *UNSUPPORTED])
+    parsed = parse_parameters(body)
+    parsed.problems[:0] = unknown
+    parsed.problems += _check_prompts(body)
+    parsed.unsupported += not_yet(body, UNSUPPORTED)
+    return parsed
 
-    known = {name: value for name, value in body.items() if name in fields and value is not None}
-    try:
-        valid = GenerateBody.model_validate(known)
-    except ValidationError as error:
-        problems += [_translate(item["loc"], item["type"], item["input"]) for item in error.errors(include_url=False)]
-        wrong = {item["loc"][0] for item in error.errors(include_url=False)}
-        valid = GenerateBody.model_validate({name: value for name, value in known.items() if name not in wrong})
+
+def parse_parameters(body: Mapping[str, Any]) -> ParsedBody:
+    """The parameters of GenerateBody alone: whether a prompt is among them, and what else there is, is not asked."""
+    checked = check(GenerateBody, body, WORDS)
+    valid = checked.valid
     bias, bias_problems = _read_bias(valid.logit_bias or {})
-    problems += bias_problems
-    problems += _check_together(valid, body)
-    return ParsedBody(_request(valid, bias), bool(valid.stream), problems, unsupported)
+    problems = checked.problems + bias_problems + _check_together(valid)
+    return ParsedBody(_request(valid, bias), bool(valid.stream), problems, [])
 
 
 def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
@@ -215,6 +207,7 @@ def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
         prompt=body.prompt,
         prompt_token_ids=None if body.prompt_token_ids is None else tuple(body.prompt_token_ids),
         messages=messages,
+        n=body.n or 1,
         max_new_tokens=body.max_new_tokens,
         min_new_tokens=body.min_new_tokens or 0,
         temperature=0.0 if body.do_sample is False else body.temperature,
@@ -240,15 +233,19 @@ def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
     )
 
 
-def _check_together(valid: GenerateBody, body: Mapping[str, Any]) -> list[Problem]:
-    """Problems between parameters, and those that no type can say."""
-    problems: list[Problem] = []
+def _check_prompts(body: Mapping[str, Any]) -> list[Problem]:
     given = [name for name in _PROMPTS if body.get(name) is not None]
     if not given:
-        problems.append(Problem("prompt", "One of prompt, prompt_token_ids and messages is needed.", allowed="text"))
-    elif len(given) > 1:
+        return [Problem("prompt", "One of prompt, prompt_token_ids and messages is needed.", allowed="text")]
+    if len(given) > 1:
         text = f"Only one of prompt, prompt_token_ids and messages may be given, not {' and '.join(given)}."
-        problems.append(Problem(given[1], text, allowed="leave it out"))
+        return [Problem(given[1], text, allowed="leave it out")]
+    return []
+
+
+def _check_together(valid: GenerateBody) -> list[Problem]:
+    """Problems between parameters, and those that no type can say."""
+    problems: list[Problem] = []
     if valid.max_new_tokens is not None and (valid.min_new_tokens or 0) > valid.max_new_tokens:
         text = f"min_new_tokens must not be above max_new_tokens ({valid.max_new_tokens})."
         problems.append(Problem("min_new_tokens", text, valid.min_new_tokens, f"0 to {valid.max_new_tokens}"))
@@ -256,7 +253,7 @@ def _check_together(valid: GenerateBody, body: Mapping[str, Any]) -> list[Proble
         text = "do_sample contradicts temperature: false is temperature 0, true is a temperature above 0."
         problems.append(Problem("do_sample", text, valid.do_sample, "give one of the two"))
     if valid.request_id is not None and not valid.request_id.isprintable():
-        problems.append(_problem("request_id", valid.request_id, _allowed(GenerateBody.model_fields["request_id"])))
+        problems.append(must_be("request_id", valid.request_id, allowed_of(GenerateBody.model_fields["request_id"])))
     return problems
 
 
@@ -264,76 +261,10 @@ def _read_bias(sent: Mapping[str, Any]) -> tuple[dict[int, float], list[Problem]
     """logit_bias by token id. Checked here and not by a type, so that a large wrong object costs one problem."""
     bias: dict[int, float] = {}
     for key, value in sent.items():
-        name = f"logit_bias[{_short(key)}]"
+        name = f"logit_bias[{short(key)}]"
         if not _TOKEN_KEY.fullmatch(key):
-            return {}, [_problem(name, key, "a token id as key: an integer from 0, without leading zeros")]
+            return {}, [must_be(name, key, "a token id as key: an integer from 0, without leading zeros")]
         if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
-            return {}, [_problem(name, value, "a number from −100 to 100")]
+            return {}, [must_be(name, value, "a number from −100 to 100")]
         bias[int(key)] = float(value)
     return bias, []
-
-
-def _unknown(names: list[str]) -> list[Problem]:
-    problems: list[Problem] = []
-    for name in names[:_MAX_UNKNOWN]:
-        shown = _short(name)
-        nearest = _nearest(name, [*GenerateBody.model_fields, *UNSUPPORTED])
-        hint = f" Did you mean {nearest}?" if nearest else ""
-        problems.append(Problem(shown, f"{shown} is not a parameter.{hint}", allowed=nearest))
-    return problems
-
-
-def _nearest(name: str, known: list[str]) -> str | None:
-    if len(name) > _MAX_NAME_CHARS:
-        return None
-    matches = difflib.get_close_matches(name.lower(), known, n=1)
-    return matches[0] if matches else None
-
-
-def _asks(name: str, value: Any) -> bool:
-    default = UNSUPPORTED[name]
-    return value is not None and not (type(value) is type(default) and value == default)
-
-
-def _not_yet(name: str, value: Any) -> Problem:
-    default = {None: "null", False: "false"}.get(UNSUPPORTED[name], str(UNSUPPORTED[name]))
-    return Problem(name, f"{name} is not supported yet: leave it out, or send {default}.", value, default)
-
-
-def _allowed(field: FieldInfo) -> str:
-    extra = field.json_schema_extra
-    return str(extra["allowed"]) if isinstance(extra, dict) else ""
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _MAX_NAME_CHARS else name[:_MAX_NAME_CHARS] + "…"
-
-
-def _problem(param: str, value: Any, allowed: str) -> Problem:
-    return Problem(param, f"{param} must be {allowed}.", value, allowed)
-
-
-def _translate(location: tuple[int | str, ...], kind: str, value: Any) -> Problem:
-    """A problem in our words from where pydantic found it."""
-    name = str(location[0])
-    if len(location) == 1:
-        if name == "priority" and type(value) is int and 0 < value <= 100:
-            text = "priority above 0 needs the admin role, which no request has without API keys."
-            return Problem(name, text, value, "an integer from −100 to 0")
-        allowed = _allowed(GenerateBody.model_fields[name])
-        return _problem(name, value, allowed)
-    param = f"{name}[{location[1]}]"
-    if len(location) == 2:
-        if name == "stop" and value == "":
-            allowed = _allowed(GenerateBody.model_fields[name])
-            return _problem(param, value, _ITEMS[name] if location[1] else allowed)
-        return _problem(param, value, _ITEMS.get(name, "valid"))
-    member = _short(str(location[2]))
-    param = f"{param}.{member}"
-    if kind == "missing":
-        return Problem(param, f"{param} is missing.", None, _MESSAGE_MEMBERS.get(member))
-    if kind == "extra_forbidden":
-        nearest = _nearest(member, list(_MESSAGE_MEMBERS))
-        hint = f" Did you mean {nearest}?" if nearest else ""
-        return Problem(param, f"{param} is not a member of a message.{hint}", value, "role and content")
-    return _problem(param, value, _MESSAGE_MEMBERS.get(member, "valid"))

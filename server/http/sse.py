@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from server.generation import ChoiceFinished, Completed, Problem, TextDelta, Timings, Usage
+from server.generation import ChoiceFinished, Completed, Problem, Started, TextDelta, Timings, Usage
 from server.http.errors import error_object
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -83,6 +83,11 @@ class EventWriter:
         self._with_token_ids = with_token_ids
         self._count = 0
 
+    def started(self, event: Started) -> bytes:
+        """Nothing of its own: the events to come carry the id."""
+        self.id = event.id
+        return b""
+
     def delta(self, event: TextDelta) -> bytes:
         """New text; empty when there is nothing to show: a token without text yet, and no ids asked for."""
         if self._with_token_ids:
@@ -127,7 +132,7 @@ class AnswerBuilder:
     def finished(self, event: ChoiceFinished) -> None:
         self._finished[event.index] = event
 
-    def answer(self, id: str, model: str, event: Completed) -> bytes:
+    def answer(self, started: Started, event: Completed) -> bytes:
         """The whole body, once every output has finished."""
         outputs = [
             _Output(
@@ -139,7 +144,9 @@ class AnswerBuilder:
             )
             for index, end in sorted(self._finished.items())
         ]
-        return _encode(_Answer(id, model, event.seed, outputs, _usage(event.usage), _timings(event.timings)))
+        return _encode(
+            _Answer(started.id, started.model, event.seed, outputs, _usage(event.usage), _timings(event.timings))
+        )
 
 
 def encode_json(value: Any) -> bytes:

@@ -82,6 +82,7 @@ TABLE: dict[str, tuple[list[Any], list[Any]]] = {
         ],
     ),
     "seed": ([0, 7, 2**53 - 1, 2**63 - 1], [-1, 2**63, *INTEGERS]),
+    "n": ([1, 2, 8], [0, -1, 9, *INTEGERS]),
     "stop": (["x", [], ["x"], [str(number) for number in range(16)]], ["", [""], ["x", 1], ["x"] * 17, 1, True, {}]),
     "include_stop": ([True, False], BOOLS),
     "stop_token_ids": (
@@ -101,7 +102,6 @@ TABLE: dict[str, tuple[list[Any], list[Any]]] = {
     "cache_salt": (["", "x" * 256, "a\nb"], ["x" * 257, 1, True, []]),
 }
 OTHERS: dict[str, list[Any]] = {
-    "n": [2, 8, 0, 1.0, True, "1"],
     "logprobs": [0, 5, False],
     "prompt_logprobs": [0],
     "allowed_token_ids": [[1], []],

@@ -84,6 +84,19 @@ def test_the_texts_of_a_stream_are_the_text(server: Launched, seed: int, options
     assert whole["usage"]["completion_tokens"] == len(output["token_ids"])
 
 
+def test_choices(server: Launched) -> None:
+    sent = {"prompt_token_ids": IDS, "max_new_tokens": 12, "seed": 3, "n": 3, "return_token_ids": True}
+    body = server.generate(**sent).json()
+    expected = [expected_tokens(IDS, 3, 12, choice, VOCABULARY) for choice in range(3)]
+    assert [output["token_ids"] for output in body["outputs"]] == expected
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 36, "total_tokens": 39, "cached_tokens": 0}
+    events = events_of(server.generate(stream=True, **sent).text)
+    for index, output in enumerate(body["outputs"]):
+        own = [event for event in events if event.get("index") == index]
+        assert "".join(event["text"] for event in own) == output["text"]
+        assert [event["finish_reason"] for event in own if "finish_reason" in event] == ["length"]
+
+
 def test_stops(server: Launched) -> None:
     sent = {"prompt_token_ids": IDS, "max_new_tokens": 80, "seed": 3, "return_token_ids": True}
     plain = server.generate(**sent).json()["outputs"][0]
@@ -134,7 +147,7 @@ def test_statuses(server: Launched) -> None:
     assert error(post(b"", length=2**20 + 1))[:2] == (413, "too_large")
     assert error(post({}).replace(b"application/json", b"text/plain"))[:2] == (415, "unsupported_media_type")
     assert error(get("/livez", "GET", "X: " + "y" * 20_000))[:2] == (431, "headers_too_large")
-    assert error(post({"prompt": "x", "n": 2}))[:2] == (501, "unsupported")
+    assert error(post({"prompt": "x", "logprobs": 2}))[:2] == (501, "unsupported")
 
 
 def test_overload_is_429_before_any_header(tmp_path: Path) -> None:
@@ -201,7 +214,8 @@ def test_every_request_has_one_outcome_and_every_token_one_count(tmp_path: Path)
             {"prompt": "x", "max_new_tokens": 50, "stream": True, "stop": "a"},
             {"prompt": "x", "temperature": 5},
             {"prompt": "x" * 5000},
-            {"prompt": "x", "n": 3},
+            {"prompt": "x", "n": 3, "max_new_tokens": 5},
+            {"prompt": "x", "echo": True},
             {},
         ]
         with httpx.Client(base_url=server.url, timeout=20) as client:

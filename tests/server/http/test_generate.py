@@ -79,6 +79,35 @@ def test_tokens_without_text_yet(client: httpx.Client, server: ServerThread) -> 
     assert "id: 4\ndata: [DONE]" in with_ids
 
 
+async def two_choices(request: GenerationRequest) -> AsyncIterator[Event]:
+    yield Started("gen-1", "tiny", 7)
+    yield TextDelta(1, "b", (6,))
+    yield TextDelta(0, "a", (5,))
+    yield ChoiceFinished(1, FinishReason.STOP, "x")
+    yield TextDelta(0, "c", (7,))
+    yield ChoiceFinished(0, FinishReason.LENGTH)
+    yield completed(generated=3)
+
+
+def test_choices(client: httpx.Client, server: ServerThread) -> None:
+    server.service.script = two_choices
+    outputs = client.post("/generate", json=BODY | {"n": 2}).json()["outputs"]
+    assert outputs == [
+        {"index": 0, "text": "ac", "finish_reason": "length", "stop_reason": None},
+        {"index": 1, "text": "b", "finish_reason": "stop", "stop_reason": "x"},
+    ]
+    events = events_of(client.post("/generate", json=STREAM | {"n": 2}).text)
+    assert [event.get("index") for event in events] == [1, 0, 1, 0, 0, None]
+    assert [event["finish_reason"] for event in events if "finish_reason" in event] == ["stop", "length"]
+
+
+def test_an_error_ends_every_choice_that_is_open(client: httpx.Client, server: ServerThread) -> None:
+    server.service.script = breaks_off
+    events = events_of(client.post("/generate", json=STREAM | {"n": 3}).text)
+    ends = [(event["index"], event["finish_reason"]) for event in events if "finish_reason" in event]
+    assert ends == [(0, "error"), (1, "error"), (2, "error")]
+
+
 @pytest.mark.parametrize(
     ("code", "status", "retry_after"),
     [
@@ -222,6 +251,7 @@ def test_what_the_service_is_asked(client: httpx.Client, server: ServerThread) -
         "max_new_tokens": 5,
         "do_sample": False,
         "top_k": -1,
+        "n": 3,
         "stop": "x",
         "logit_bias": {"5": -1},
         "priority": -3,
@@ -236,6 +266,7 @@ def test_what_the_service_is_asked(client: httpx.Client, server: ServerThread) -
             max_new_tokens=5,
             temperature=0.0,
             top_k=0,
+            n=3,
             stop=("x",),
             logit_bias={5: -1.0},
             priority=-3,
@@ -257,7 +288,8 @@ def test_all_problems_at_once(client: httpx.Client, server: ServerThread) -> Non
         "temprature": 1,
         "stop": ["a", ""],
         "top_k": 9,
-        "n": 2,
+        "n": 9,
+        "logprobs": 2,
     }
     answer = client.post("/generate", json=body)
     assert answer.status_code == 400
@@ -271,6 +303,7 @@ def test_all_problems_at_once(client: httpx.Client, server: ServerThread) -> Non
         "stop[1]",
         "top_k",
         "n",
+        "logprobs",
     }
     assert details["temprature"]["allowed"] == "temperature"
     assert details["messages[0].contents"]["message"].endswith("Did you mean content?")
