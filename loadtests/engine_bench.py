@@ -191,3 +191,12 @@ def bench_engine(bandwidth: float, rounds: int, say: Callable[[str], None]) -> l
         save_random_checkpoint(LLAMA_176M, Path(folder), seed=0)
         rows += bench_model("llama-176m", folder, bandwidth, rounds, say)
     return rows
+
+
+if __name__ == "__main__":
+    # `python -m loadtests.engine_bench` is the protocol for a GPU; the module itself is the CPU's part of `make bench`.
+    import sys
+
+    from loadtests.gpu_bench import main
+
+    sys.exit(main())
