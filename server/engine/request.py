@@ -111,7 +111,8 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Known tokens and those that steps in flight will draw."""
-        return self.num_known_tokens + self.num_inflight_samples
+        # The sum of num_known_tokens, spelled out: asked for several times a request and step.
+        return len(self.prompt_token_ids) + len(self.output_token_ids) + self.num_inflight_samples
 
     def token_ids(self, start: int, stop: int) -> list[int]:
         """Known token ids of positions start to stop - 1."""

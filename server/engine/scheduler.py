@@ -155,6 +155,7 @@ class Scheduler:
 
         # Streams first: one token each, best rank first. All of them fit, since max_running <= max_tokens_per_step.
         streaming = short_of_blocks = False
+        catching_up: list[Entry] = []
         for entry in chosen:
             request = entry.request
             if request.status is not RequestStatus.RUNNING:
@@ -163,7 +164,10 @@ class Scheduler:
             if num_tokens >= entry.limit:
                 continue  # the token in flight is its last one
             is_stream = num_tokens - num_computed == 1
-            streaming |= is_stream
+            if is_stream:
+                streaming = True
+            else:
+                catching_up.append(entry)
             if num_computed == len(request.block_ids) * config.block_size:
                 if not self.pool.num_available and (short_of_blocks or not self._make_room(entry, preempted)):
                     short_of_blocks = True
@@ -176,7 +180,7 @@ class Scheduler:
         budget = config.max_tokens_per_step - len(rows)
         if streaming or only is not None:
             budget = min(budget, config.mixed_step_tokens)
-        for entry in chosen:
+        for entry in catching_up:
             request = entry.request
             num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
             if num_tokens - num_computed > 1 and request.status is RequestStatus.RUNNING:
