@@ -22,7 +22,6 @@ A mask of a row's own sequence is by position alone; memory beyond a sequence is
 from __future__ import annotations
 
 import functools
-import math
 
 import torch
 import triton
@@ -98,7 +97,16 @@ def paged_attention(
         # Sequence s begins at tile query_starts[s] * group // ROWS + s, which leaves no tile to two sequences.
         grid = (kv_heads, rows // PREFILL_ROWS + plan.num_sequences)
         launch = _launch(
-            PREFILL_ROWS, dim, group, kv_heads, spec.block_size, spec.sliding_window, quantized, softcapped, query.dtype
+            PREFILL_ROWS,
+            dim,
+            group,
+            kv_heads,
+            spec.block_size,
+            spec.sliding_window,
+            quantized,
+            softcapped,
+            query.dtype,
+            _capability(query.device),
         )
         _prefill_kernel[grid](*tensors, *strides, plan.num_sequences, factor, inner, **launch)
     if plan.max_work > 0:
@@ -107,8 +115,17 @@ def paged_attention(
         sums = workspace.take("attention sums", (items, kv_heads, 2, group), torch.float32)
         arrived = workspace.take("attention arrivals", (plan.num_sequences, kv_heads), torch.int32, zeroed=True)
         launch = _launch(
-            DECODE_ROWS, dim, group, kv_heads, spec.block_size, spec.sliding_window, quantized, softcapped, query.dtype
-        )
+            DECODE_ROWS,
+            dim,
+            group,
+            kv_heads,
+            spec.block_size,
+            spec.sliding_window,
+            quantized,
+            softcapped,
+            query.dtype,
+            _capability(query.device),
+        ) | {"GROUP_BLOCK": triton.next_power_of_2(group)}
         grid = (min(_programs(query.device), items * kv_heads),)
         _decode_kernel[grid](
             *tensors, plan.work, plan.work_count, partials, sums, arrived, *strides, factor, inner, **launch
@@ -118,10 +135,19 @@ def paged_attention(
 
 @functools.lru_cache
 def _programs(device: torch.device) -> int:
-    """How many programs share the work of decode: enough to fill the device's multiprocessors, two or three on each."""
+    """How many programs share the work of decode: enough to fill the device's multiprocessors, two on each."""
     if device.type != "cuda":
         return 4
-    return 3 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 2 * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.lru_cache
+def _capability(device: torch.device) -> int:
+    """Compute capability times ten; that of an H200 in the interpreter."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.lru_cache
@@ -135,10 +161,17 @@ def _launch(
     quantized: bool,
     softcapped: bool,
     dtype: torch.dtype,
+    capability: int,
 ) -> dict[str, int]:
-    """Constants and warps of a launch. Only ROWS and num_warps may depend on the kind of work, and only together."""
+    """Constants and warps of a launch. Only ROWS and num_warps may depend on the kind of work, and only together.
+
+    BLOCK_N and TAIL_STAGES, the stages of the loop over masked tiles (few, unless there is a window), are what the
+    compiler's table shows to stay within the registers: on compute capability 8 the operands lie in registers too.
+    """
     padded = max(triton.next_power_of_2(dim), 16)
-    wide = padded > 128 or dtype == torch.float32
+    wide = padded > 128 or dtype == torch.float32 or capability // 10 != 9
+    stages = 2 if padded > 128 or dtype == torch.float32 else 3
+    tail_alone = window is None and (rows == PREFILL_ROWS or capability // 10 == 9)
     return {
         "KV_HEADS": kv_heads,
         "GROUP": group,
@@ -151,8 +184,9 @@ def _launch(
         "ROWS": rows,
         "BLOCK_N": 32 if wide else 64,
         "SPLIT": SPLIT,
+        "TAIL_STAGES": 1 if tail_alone else stages,
         "num_warps": rows // 16,
-        "num_stages": 2 if wide else 3,
+        "num_stages": stages,
     }
 
 
@@ -307,6 +341,7 @@ def _prefill_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):
     """Program (h, i): one tile of rows of one sequence and KV head, the last tiles first, since they take longest."""
     head = tl.program_id(0)
@@ -358,7 +393,7 @@ def _prefill_kernel(
             if (start + BLOCK_N) % SPLIT == 0:
                 all_acc, all_largest, all_total = _merge(all_acc, all_largest, all_total, acc, largest, total)
                 acc, largest, total = _empty(ROWS, DIM_BLOCK)
-        for start in range(full, end, BLOCK_N):
+        for start in tl.range(full, end, BLOCK_N, num_stages=TAIL_STAGES):
             acc, largest, total = _tile(
                 query, acc, largest, total, positions, start, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr,
                 value_scales_ptr, block_stride, factor, inner,
@@ -405,6 +440,8 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
 ):
     """A fixed number of programs takes the work items of all KV heads in turn, so that a CUDA graph need not know how long
     the sequences are. Where a sequence's splits are items of their own, the program that finishes the last one merges
@@ -440,6 +477,8 @@ def _decode_kernel(
             positions = tl.full([1, 1], 0, tl.int32) + length - 1
             begin_split = split if split >= 0 else first_split
             end_split = split + 1 if split >= 0 else num_splits
+            # What is of use of the sum over splits: few rows, so few registers, while the loop below needs them.
+            all_acc, all_largest, all_total = _empty(GROUP_BLOCK, DIM_BLOCK)
             for current in range(begin_split, end_split):
                 begin = tl.maximum(first_key, current * SPLIT)
                 end = tl.minimum(length, (current + 1) * SPLIT)
@@ -452,34 +491,51 @@ def _decode_kernel(
                         key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
                         False, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
                     )  # fmt: skip
-                for start in range(full, end, BLOCK_N):
+                for start in tl.range(full, end, BLOCK_N, num_stages=TAIL_STAGES):
                     acc, largest, total = _tile(
                         query, acc, largest, total, positions, start, end, table_ptr,
                         keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
                         key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
                         True, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
                     )  # fmt: skip
-                if split < 0 and current > begin_split:
-                    part, part_largest, part_total = acc, largest, total
-                    acc, largest, total = _load_partial(partials_ptr, sums_ptr, here, ROWS, GROUP, DIM, DIM_BLOCK)
-                    acc, largest, total = _merge(acc, largest, total, part, part_largest, part_total)
-                if split < 0 and current == end_split - 1:
-                    _store_output(output_ptr, rows, mask, acc, total, DIM, DIM_BLOCK)
-                else:
-                    _store_partial(partials_ptr, sums_ptr, here, acc, largest, total, ROWS, GROUP, DIM, DIM_BLOCK)
-                    tl.debug_barrier()  # all threads have written before one of them reads, or says so
+                # Through memory (the last-level cache) even where there is one split only: a second way out, straight from
+                # the tile, makes the compiler spill registers.
+                _store_partial(partials_ptr, sums_ptr, here, acc, largest, total, ROWS, GROUP, DIM, DIM_BLOCK)
+                tl.debug_barrier()  # all threads have written before one of them reads, or says so
+                if split < 0:
+                    part, part_largest, part_total = _load_partial(
+                        partials_ptr, sums_ptr, here, GROUP_BLOCK, GROUP, DIM, DIM_BLOCK
+                    )
+                    tl.debug_barrier()  # all have read before the next split is written there
+                    all_acc, all_largest, all_total = _merge(
+                        all_acc, all_largest, all_total, part, part_largest, part_total
+                    )
+            row = tl.arange(0, GROUP_BLOCK)
+            group_rows = token * (KV_HEADS * GROUP) + head * GROUP + row
+            if split < 0:
+                _store_output(output_ptr, group_rows, row < GROUP, all_acc, all_total, DIM, DIM_BLOCK)
             if split >= 0:
                 arrivals = arrived_ptr + sequence * KV_HEADS + head
                 if tl.atomic_add(arrivals, 1, sem="acq_rel") == num_splits - first_split - 1:
                     tl.store(arrivals, 0)
-                    acc, largest, total = _empty(ROWS, DIM_BLOCK)
-                    for other in range(first_split, num_splits):
-                        there = here + (other - split).to(tl.int64) * KV_HEADS
+                    # Elementwise from here on: the rows that are of use are enough, and take few registers.
+                    acc, largest, total = _empty(GROUP_BLOCK, DIM_BLOCK)
+                    for other in tl.range(first_split, num_splits, loop_unroll_factor=4):
+                        there = here + (other - split) * KV_HEADS
                         part, part_largest, part_total = _load_partial(
-                            partials_ptr, sums_ptr, there, ROWS, GROUP, DIM, DIM_BLOCK
+                            partials_ptr, sums_ptr, there, GROUP_BLOCK, GROUP, DIM, DIM_BLOCK
                         )
                         acc, largest, total = _merge(acc, largest, total, part, part_largest, part_total)
-                    _store_output(output_ptr, rows, mask, acc, total, DIM, DIM_BLOCK)
+                    row = tl.arange(0, GROUP_BLOCK)
+                    _store_output(
+                        output_ptr,
+                        token * (KV_HEADS * GROUP) + head * GROUP + row,
+                        row < GROUP,
+                        acc,
+                        total,
+                        DIM,
+                        DIM_BLOCK,
+                    )
 
 
 @triton.jit
@@ -509,6 +565,7 @@ def _load_partial(
 
 
 def _variant(
+    capability: int,
     name: str,
     decode: bool,
     dim: int,
@@ -534,7 +591,9 @@ def _variant(
     if not decode:
         signature |= {"num_sequences": "i32"}
     rows = DECODE_ROWS if decode else PREFILL_ROWS
-    launch = dict(_launch(rows, dim, group, 8, block_size, window, quantized, softcapped, dtype))
+    launch = dict(_launch(rows, dim, group, 8, block_size, window, quantized, softcapped, dtype, capability))
+    if decode:
+        launch["GROUP_BLOCK"] = triton.next_power_of_2(group)
     num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
     return Variant(
         name,
@@ -554,11 +613,11 @@ def variants(capability: int) -> list[Variant]:
     found = []
     for kind, decode in (("decode", True), ("prefill", False)):
         found += [
-            _variant(f"{kind} d128 bf16", decode, 128, 4),
-            _variant(f"{kind} d128 int8", decode, 128, 4, quantized=True),
-            _variant(f"{kind} d64 bf16", decode, 64, 4),
-            _variant(f"{kind} d80 bf16 softcap window pages of 16", decode, 80, 1, block_size=16, window=1024,
+            _variant(capability, f"{kind} d128 bf16", decode, 128, 4),
+            _variant(capability, f"{kind} d128 int8", decode, 128, 4, quantized=True),
+            _variant(capability, f"{kind} d64 bf16", decode, 64, 4),
+            _variant(capability, f"{kind} d80 bf16 softcap window pages of 16", decode, 80, 1, block_size=16, window=1024,
                      softcapped=True, hot=False),
-            _variant(f"{kind} d256 bf16", decode, 256, 2, hot=False),
+            _variant(capability, f"{kind} d256 bf16", decode, 256, 2, hot=False),
         ]  # fmt: skip
     return found

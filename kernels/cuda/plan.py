@@ -367,7 +367,7 @@ def variants(capability: int) -> list[Variant]:
     prepare = _prepare_launch(64)
     update, select = _update_launch(), _select_launch()
     pointers = ("seq_lens", "table_rows", "positions", "slots", "work", "work_count", "staged", "tables")
-    integers = {name: "i32" for name in ("bucket", "columns", "capacity", "block_size")}
+    integers = dict.fromkeys(("bucket", "columns", "capacity", "block_size"), "i32")
     prepare_signature = {f"{name}_ptr": "*i32" for name in pointers} | integers
     prepare_signature |= {"sampled_ptr": "*i64", "token_ids_ptr": "*i64"}
     return [
