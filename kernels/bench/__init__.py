@@ -1,1 +1,1 @@
-"""python -m kernels.bench: each operation against its floor and a stock peer."""
+"""python -m kernels.bench: each operation against its floor and its peers. kernels.bench.sweep: tuned constants."""

@@ -1,215 +1,52 @@
-"""Times every operation of the CPU backend in the shapes of a 176M Llama: a floor, ours, and stock torch.
+"""Times every operator of a backend beside its floor and its peers.
 
-    python -m kernels.bench [--rounds 30] [--threads N]
+    python -m kernels.bench [--device cpu|cuda] [--only NAME] [--rounds N] [--save NAME]
 
-The floor is the bytes that an operation must move over a read bandwidth measured in this process; for a long prompt,
-whose products are limited by arithmetic, it is only a lower bound. Ours and the peer alternate within each round; the
-table shows medians and the last line repeats it as JSON. Weights and caches rotate over several copies, larger together
-than the last-level cache, since that is how a model meets them.
+On a GPU one call probes the device and checks every operator before it times it. --smoke rehearses the same code on
+tiny shapes; with TRITON_INTERPRET=1 no GPU is needed for that.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from kernels.cpu import CpuOps
-from kernels.ops import AttentionMetadata, KVCacheSpec, RotaryTable, SamplingMetadata
-
-HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 768, 12, 4, 64, 2048, 32000
-BLOCK_SIZE, CONTEXT, COPIES = 16, 160, 6
-STEPS = {"decode 1": ([1], [CONTEXT]), "decode 16": ([1] * 16, [CONTEXT] * 16), "prefill 512": ([512], [512])}
+from collections.abc import Sequence
 
 
-@dataclass(frozen=True)
-class Case:
-    """One operation in one shape: bytes it must move, ours, and the stock peer (None: torch has no counterpart)."""
-
-    name: str
-    step: str
-    num_bytes: int
-    ours: Callable[[], object]
-    peer: Callable[[], object] | None
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of summing a 256 MiB tensor, the best of ten."""
-    data = torch.ones(32 << 20, dtype=torch.int64)
-    return data.numel() * 8 / min(seconds(lambda: data.sum()) for _ in range(10))
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def rotating(copies: list[Callable[[], object]]) -> Callable[[], object]:
-    """A call that runs the next of the copies."""
-    turn = itertools.cycle(copies)
-    return lambda: next(turn)()
-
-
-def cases(ops: CpuOps) -> Iterator[Case]:
-    """All operations in all steps."""
-    dtype, size = ops.dtype, ops.dtype.itemsize
-    width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    angles = torch.rand(1024, HEAD_DIM // 2)
-    rotary = RotaryTable(angles.cos(), angles.sin())
-    ones = torch.ones(HIDDEN, dtype=dtype)
-    for step, (query_lens, seq_lens) in STEPS.items():
-        tokens, sequences = sum(query_lens), len(query_lens)
-        x, residual = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(tokens, HIDDEN).to(dtype)
-        yield Case(
-            "add_rms_norm",
-            step,
-            4 * tokens * HIDDEN * size,
-            partial(ops.add_rms_norm, x, residual, ones, 1e-6),
-            lambda x=x, r=residual: F.rms_norm(x + r, (HIDDEN,), ones, 1e-6),  # type: ignore[misc]
-        )
-        gate_up = torch.randn(tokens, 2 * INTERMEDIATE).to(dtype)
-        yield Case(
-            "silu_mul",
-            step,
-            3 * tokens * INTERMEDIATE * size,
-            partial(ops.silu_mul, gate_up),
-            lambda g=gate_up: F.silu(g[:, :INTERMEDIATE]) * g[:, INTERMEDIATE:],  # type: ignore[misc]
-        )
-        for name, n, k in (("linear gate_up", 2 * INTERMEDIATE, HIDDEN), ("linear down", HIDDEN, INTERMEDIATE)):
-            y = torch.randn(tokens, k).to(dtype)
-            weights = [torch.randn(n, k).to(dtype) for _ in range(COPIES)]
-            packed = [ops.prepare_linear(w) for w in weights]
-            yield Case(
-                name,
-                step,
-                (n * k + tokens * (n + k)) * size,
-                rotating([partial(ops.linear, y, w) for w in packed]),
-                rotating([partial(F.linear, y, w) for w in weights]),
-            )
-
-        blocks = -(-max(seq_lens) // BLOCK_SIZE)
-        tables = [list(range(s * blocks, (s + 1) * blocks)) for s in range(sequences)]
-        plan = ops.plan(AttentionMetadata(query_lens, seq_lens, tables, BLOCK_SIZE))
-        spec = KVCacheSpec(KV_HEADS, HEAD_DIM, BLOCK_SIZE, dtype)
-        caches = [ops.allocate_kv_cache(spec, sequences * blocks) for _ in range(COPIES)]
-        heads = torch.randn(tokens, width).to(dtype).view(tokens, -1, HEAD_DIM)
-        query, key, value = heads.split([HEADS, KV_HEADS, KV_HEADS], 1)  # type: ignore[no-untyped-call]
-        yield Case(
-            "write_kv",
-            step,
-            2 * tokens * width * size,
-            rotating([partial(ops.write_kv, query, key, value, rotary, c, plan) for c in caches]),
-            None,
-        )
-        rotated = query.contiguous()
-        yield Case(
-            "paged_attention",
-            step,
-            2 * (sum(seq_lens) * KV_HEADS + tokens * HEADS) * HEAD_DIM * size,
-            rotating([partial(ops.paged_attention, rotated, c, plan, 0.125) for c in caches]),
-            rotating(stock_attention(rotated, sequences, max(seq_lens))),
-        )
-
-    for rows in (1, 16):
-        logits = torch.randn(rows, VOCAB).to(dtype)
-        for name, fields in (("greedy", (0.0, 0, 1.0)), ("T=0.8", (0.8, 0, 1.0)), ("k=50 p=0.9", (0.8, 50, 0.9))):
-            metadata = sampling(rows, *fields)
-            yield Case(
-                f"sample {name}",
-                f"decode {rows}",
-                rows * VOCAB * size,
-                partial(ops.sample, logits, metadata),
-                stock_sampling(logits, *fields),
-            )
-
-
-def stock_attention(query: Tensor, sequences: int, context: int) -> list[Callable[[], object]]:
-    """torch's attention over keys that already lie in one contiguous tensor, without any paging."""
-    new = query.shape[0] // sequences
-    q = query.view(sequences, new, HEADS, HEAD_DIM).transpose(1, 2)
-    shape = (sequences, KV_HEADS, context, HEAD_DIM)
-    pairs = [(torch.randn(shape).to(q.dtype), torch.randn(shape).to(q.dtype)) for _ in range(COPIES)]
-
-    def call(k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, enable_gqa=True)
-
-    return [partial(call, k, v) for k, v in pairs]
-
-
-def stock_sampling(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Callable[[], object]:
-    """What an engine written in plain torch does."""
-
-    def run() -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        scaled = logits.float() / temperature
-        if top_k:
-            scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[:, -1:], float("-inf"))
-        if top_p < 1:
-            values, order = scaled.sort(-1)
-            drop = values.softmax(-1).cumsum(-1) <= 1 - top_p
-            scaled = scaled.masked_fill(drop.scatter(1, order, drop), float("-inf"))
-        return torch.multinomial(scaled.softmax(-1), 1)
-
-    return run
-
-
-def sampling(rows: int, temperature: float, top_k: int, top_p: float) -> SamplingMetadata:
-    """The same parameters for every row."""
-    one, zero = [1.0] * rows, [0.0] * rows
-    seeds, zeros = list(range(rows)), [0] * rows
-    temperatures, top_ks, top_ps = [temperature] * rows, [top_k] * rows, [top_p] * rows
-    return SamplingMetadata(seeds, zeros, zeros, temperatures, top_ks, top_ps, zero, one, one, zero, zero)
-
-
-def main() -> None:
-    """Parse flags, measure, print."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse flags and dispatch. The exit code is 1 where an operator failed its gate."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30, help="alternating rounds a case (default 30)")
-    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's choice)")
-    arguments = parser.parse_args()
-    ops = CpuOps(arguments.threads)
-    torch.manual_seed(0)
-    bandwidth = read_bandwidth()
-    threads = torch.get_num_threads()
-    print(f"{ops.dtype}, {threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s; medians in microseconds")
-    print(f"{'operation':18}{'step':14}{'floor':>9}{'ours':>9}{'best':>9}{'peer':>9}{'peer/ours':>11}")
-    results = []
-    with torch.inference_mode():
-        for case in cases(ops):
-            ours: list[float] = []
-            peers: list[float] = []
-            for number in range(arguments.rounds + 2):
-                sys.stderr.write(f"\r{case.name}, {case.step}: round {number + 1} of {arguments.rounds + 2}   ")
-                mine = seconds(case.ours)
-                other = seconds(case.peer) if case.peer else 0.0
-                if number >= 2:  # the first rounds fill buffers and build kernels
-                    ours.append(mine)
-                    peers.append(other)
-            sys.stderr.write("\r" + " " * 60 + "\r")
-            floor, median = case.num_bytes / bandwidth * 1e6, statistics.median(ours) * 1e6
-            best, peer = min(ours) * 1e6, statistics.median(peers) * 1e6 if case.peer else None
-            ratio = f"{peer:9.0f}{peer / median:11.2f}" if peer else f"{'-':>9}{'-':>11}"
-            print(f"{case.name:18}{case.step:14}{floor:9.1f}{median:9.0f}{best:9.0f}{ratio}")
-            results.append(
-                {"op": case.name, "step": case.step, "floor_us": round(floor, 1), "ours_us": round(median, 1)}
-                | {"best_us": round(best, 1), "peer_us": round(peer, 1) if peer else None}
-            )
-    summary = {"dtype": str(ops.dtype), "threads": threads, "bandwidth_gb_s": round(bandwidth / 1e9, 1)}
-    print(json.dumps(summary | {"results": results}))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is a GPU, or with --smoke")
+    parser.add_argument("--rounds", type=int, help="alternating rounds a case (default 30 on the CPU, 20 on a GPU)")
+    parser.add_argument("--threads", type=int, help="cpu: torch threads (default: torch's choice)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="cuda: operators whose names contain it, or experiments; repeatable",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=450.0, help="cuda: begin no case later than this (default 450)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="cuda: tiny shapes, one round")
+    parser.add_argument("--save", metavar="NAME", help="cuda: also write loadtests/results/NAME.json and NAME.md")
+    arguments = parser.parse_args(argv)
+
+    import torch
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() or arguments.smoke else "cpu")
+    if device == "cpu":
+        if arguments.only or arguments.smoke or arguments.save:
+            parser.error("--only, --smoke and --save go with --device cuda")
+        from kernels.bench import cpu
+
+        cpu.run(arguments.rounds or 30, arguments.threads)
+        return 0
+    from kernels.bench import cuda
+
+    return cuda.run(arguments.rounds or 20, arguments.seconds, tuple(arguments.only), arguments.smoke, arguments.save)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
