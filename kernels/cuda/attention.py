@@ -1,18 +1,19 @@
 """Paged attention: prompts, chunks, mixed batches and decode in one order of arithmetic.
 
-A token's output must have the same bits however it was computed, so everything that touches a reduction is the same for
+A token's output must have the same bits however it was computed, so all that touches a reduction is the same for
 a prompt of thousands of tokens and for one new token:
 
-- The query heads of one KV head are packed as rows of a tile, one row for a token and head. A tile has 64 rows for every
+- The query heads of one KV head are packed as rows of a tile, one row for a token and head. A tile has 64 rows for
+every
   4 warps, and warps lie along the rows only, so that the same matrix instruction and the same layout reduce each row
   whether a tile has 64 rows (decode) or 128 (prompts).
 - Keys come in tiles of BLOCK_N tokens at absolute positions. The online softmax (arXiv:2205.14135) starts anew at every
   multiple of SPLIT tokens, and the results of the splits are merged from the first to the last with explicit fma: in
   registers where one program has them all, through float32 partials in memory where decode spreads them over programs.
-- A tile or split of which a row sees nothing changes no bit of that row, so whether it was skipped (by the sliding window,
+- A tile or split of which a row sees nothing changes no bit of that row, so whether it was skipped (by the window,
   or because other rows of the tile need it) does not matter.
 
-Decode pads its rows to 64: with 4 heads a group 15 of 16 rows are of no use. A tile of 64 keys of 128 elements in
+Decode pads its rows to 64: with 4 heads a group 15 rows of 16 are of no use. A tile of 64 keys of 128 elements in
 bfloat16 takes a multiprocessor of an H200 about 1,700 cycles to read at its share of the bandwidth; the 4,096 exp2 of
 the padded tile take 256 of the 16 a cycle, its products 512 at half rate. Memory-bound work can afford that.
 
@@ -115,7 +116,7 @@ def paged_attention(
         sums = workspace.take("attention sums", (items, kv_heads, 2, group), torch.float32)
         arrived = workspace.take("attention arrivals", (plan.num_sequences, kv_heads), torch.int32, zeroed=True)
         launch = _launch(
-            DECODE_ROWS,
+            _decode_rows(_capability(query.device)),
             dim,
             group,
             kv_heads,
@@ -126,8 +127,8 @@ def paged_attention(
             query.dtype,
             _capability(query.device),
         ) | {"GROUP_BLOCK": triton.next_power_of_2(group)}
-        grid = (min(_programs(query.device), items * kv_heads),)
-        _decode_kernel[grid](
+        programs = min(_programs(query.device), items * kv_heads)
+        _decode_kernel[(programs,)](
             *tensors, plan.work, plan.work_count, partials, sums, arrived, *strides, factor, inner, **launch
         )
     return output
@@ -148,6 +149,13 @@ def _capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _decode_rows(capability: int) -> int:
+    """Rows of a decode tile. The compiler lays a tile of 64 rows out as one of 128 on compute capability 9 alone: on 8 it
+    spreads the keys of 64 rows over the warps, and on 10 the matrix instruction is another.
+    """
+    return DECODE_ROWS if capability // 10 == 9 else PREFILL_ROWS
 
 
 @functools.lru_cache
@@ -202,7 +210,8 @@ def _operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def _merge(total, total_max, total_sum, part, part_max, part_sum):
-    """Add one split's result to that of the splits before it. Nothing seen yet, or in the split: max is -inf, sums 0."""
+    """Add one split's result to that of the splits before it. Nothing seen yet, or in the split: max is -inf, sums
+    0."""
     largest = tl.maximum(total_max, part_max)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     total_weight = tl.exp2(total_max - shift)
@@ -222,7 +231,8 @@ def _tile(
 ):  # fmt: skip
     """One step of the online softmax: the keys [start, start + BLOCK_N), of which those from `end` on are not there.
 
-    positions: of each row's token, [ROWS, 1] or one for all [1, 1]. MASKED: whether a row may not see all of the keys. Where all rows do, the mask changes no bit.
+    positions: of each row's token, [ROWS, 1] or one for all [1, 1]. MASKED: whether a row may not see all of the keys.
+    Where all rows do, the mask changes no bit.
     """
     dims = tl.arange(0, DIM_BLOCK)
     offset = tl.arange(0, BLOCK_N)
@@ -304,7 +314,8 @@ def _first_key(position, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _store_output(output_ptr, rows, mask, acc, total, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Divide by the sum of weights and write rows (int64 [ROWS]) of DIM elements. + 0.0 makes zeros positive: their sign
+    """Divide by the sum of weights and write rows (int64 [ROWS]) of DIM elements. + 0.0 makes zeros positive: their
+    sign
     may depend on tiles of which the row saw nothing."""
     dims = tl.arange(0, DIM_BLOCK)[None, :]
     result = acc / total[:, None] + 0.0
@@ -443,7 +454,7 @@ def _decode_kernel(
     TAIL_STAGES: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
 ):
-    """A fixed number of programs takes the work items of all KV heads in turn, so that a CUDA graph need not know how long
+    """A fixed number of programs takes the work items of all KV heads in turn, so a CUDA graph need not know how long
     the sequences are. Where a sequence's splits are items of their own, the program that finishes the last one merges
     them all, in order: that saves a second launch, and happens while other programs still read.
     """
@@ -489,7 +500,8 @@ def _decode_kernel(
                         query, acc, largest, total, positions, start, end, table_ptr,
                         keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
                         key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
-                        False, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+                        False, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS,
+                        BLOCK_N,
                     )  # fmt: skip
                 for start in tl.range(full, end, BLOCK_N, num_stages=TAIL_STAGES):
                     acc, largest, total = _tile(
@@ -498,7 +510,7 @@ def _decode_kernel(
                         key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
                         True, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
                     )  # fmt: skip
-                # Through memory (the last-level cache) even where there is one split only: a second way out, straight from
+                # Through memory (the last-level cache) even where there is one split only: a second way out, from
                 # the tile, makes the compiler spill registers.
                 _store_partial(partials_ptr, sums_ptr, here, acc, largest, total, ROWS, GROUP, DIM, DIM_BLOCK)
                 tl.debug_barrier()  # all threads have written before one of them reads, or says so
@@ -590,7 +602,7 @@ def _variant(
     signature |= {"table_columns": "i32", "factor": "fp32", "inner": "fp32"}
     if not decode:
         signature |= {"num_sequences": "i32"}
-    rows = DECODE_ROWS if decode else PREFILL_ROWS
+    rows = _decode_rows(capability) if decode else PREFILL_ROWS
     launch = dict(_launch(rows, dim, group, 8, block_size, window, quantized, softcapped, dtype, capability))
     if decode:
         launch["GROUP_BLOCK"] = triton.next_power_of_2(group)
@@ -609,14 +621,16 @@ def _variant(
 
 
 def variants(capability: int) -> list[Variant]:
-    """Llama-3.1-8B (group 4) and Qwen3-0.6B (group 2), Llama-3.2-1B, int8, and what is rare: other head sizes, windows."""
+    """Llama-3.1-8B (group 4) and Qwen3-0.6B (group 2), Llama-3.2-1B, int8, and what is rare: other head sizes,
+    windows."""
     found = []
     for kind, decode in (("decode", True), ("prefill", False)):
         found += [
             _variant(capability, f"{kind} d128 bf16", decode, 128, 4),
             _variant(capability, f"{kind} d128 int8", decode, 128, 4, quantized=True),
             _variant(capability, f"{kind} d64 bf16", decode, 64, 4),
-            _variant(capability, f"{kind} d80 bf16 softcap window pages of 16", decode, 80, 1, block_size=16, window=1024,
+            _variant(capability, f"{kind} d80 bf16 softcap window pages of 16", decode, 80, 1, block_size=16,
+            window=1024,
                      softcapped=True, hot=False),
             _variant(capability, f"{kind} d256 bf16", decode, 256, 2, hot=False),
         ]  # fmt: skip

@@ -32,8 +32,8 @@ def planned(metadata: AttentionMetadata = METADATA) -> CudaPlan:
 def projection(dim: int, dtype: torch.dtype = torch.float32, tokens: int = TOKENS) -> list[Tensor]:
     """Query, key and value as views of one packed projection."""
     packed = torch.randn(tokens, (HEADS + 2 * KV_HEADS) * dim, device=DEVICE).to(dtype)
-    parts = packed.split([HEADS * dim, KV_HEADS * dim, KV_HEADS * dim], dim=-1)
-    return [part.unflatten(-1, (-1, dim)) for part in parts]
+    parts = torch.split(packed, [HEADS * dim, KV_HEADS * dim, KV_HEADS * dim], dim=-1)
+    return [torch.unflatten(part, -1, (-1, dim)) for part in parts]
 
 
 def rotary(dim: int, positions: int = 64) -> RotaryTable:
@@ -74,10 +74,10 @@ def test_numbers_are_those_of_the_reference(dim: int, rotary_dim: int, norm: boo
     rotated = write_kv(query, key, value, table, cache, plan, norms[0], norms[1], 1e-5)
     ops = ReferenceOps()
     reference = ops.allocate_kv_cache(KVCacheSpec(KV_HEADS, dim, 16, torch.float32), NUM_BLOCKS)
-    inputs = [x.float().cpu() for x in (query, key, value)]
-    weights = [None if weight is None else weight.float().cpu() for weight in norms]
+    q, k, v = (x.float().cpu() for x in (query, key, value))
+    q_norm, k_norm = (None if weight is None else weight.float().cpu() for weight in norms)
     on_host = RotaryTable(table.cos.cpu(), table.sin.cpu())
-    expected = ops.write_kv(*inputs, on_host, reference, ops.plan(METADATA), *weights, 1e-5)
+    expected = ops.write_kv(q, k, v, on_host, reference, ops.plan(METADATA), q_norm, k_norm, 1e-5)
     # One rounding to the dtype; in float32 a few roundings of the norm and the rotation.
     tolerance = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     torch.testing.assert_close(rotated.float().cpu(), expected, rtol=tolerance, atol=tolerance)
@@ -175,4 +175,4 @@ def test_bad_input_is_refused() -> None:
          "contiguous heads"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            write_kv(*arguments, 1e-6)  # type: ignore[arg-type]
+            write_kv(*arguments, 1e-6)
