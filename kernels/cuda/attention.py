@@ -152,8 +152,8 @@ def _capability(device: torch.device) -> int:
 
 
 def _decode_rows(capability: int) -> int:
-    """Rows of a decode tile. The compiler lays a tile of 64 rows out as one of 128 on compute capability 9 alone: on 8 it
-    spreads the keys of 64 rows over the warps, and on 10 the matrix instruction is another.
+    """Rows of a decode tile. The compiler lays a tile of 64 rows out as one of 128 on compute capability 9 alone: on 8
+    it spreads the keys of 64 rows over the warps, and on 10 the matrix instruction is another.
     """
     return DECODE_ROWS if capability // 10 == 9 else PREFILL_ROWS
 
@@ -626,7 +626,7 @@ def variants(capability: int) -> list[Variant]:
     found = []
     for kind, decode in (("decode", True), ("prefill", False)):
         found += [
-            _variant(capability, f"{kind} d128 bf16", decode, 128, 4),
+            _variant(capability, f"{kind} d128 bf16", decode, 128, 4, hot=decode or capability >= 90),
             _variant(capability, f"{kind} d128 int8", decode, 128, 4, quantized=True),
             _variant(capability, f"{kind} d64 bf16", decode, 64, 4),
             _variant(capability, f"{kind} d80 bf16 softcap window pages of 16", decode, 80, 1, block_size=16,
