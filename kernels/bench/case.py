@@ -68,7 +68,7 @@ class Row:
 
     op: str
     shape: str
-    error: float
+    error: float | None
     failure: str = ""
     floor_us: float = 0.0
     min_us: float = 0.0
@@ -100,7 +100,7 @@ def measure(spec: Spec, timer: Timer, probes: Probes, rounds: int) -> Row:
     """Gate, then time ours and the peers in turn."""
     case = spec.build()
     error = case.error()
-    row = Row(spec.op, spec.shape, error)
+    row = Row(spec.op, spec.shape, error if math.isfinite(error) else None)  # JSON has no NaN
     if not error <= case.tolerance:  # written so that NaN fails
         row.failure = f"error {error:.3g}, allowed {case.tolerance:.3g}"
         return row
@@ -133,6 +133,8 @@ def verdict(aim: Aim, row: Row, spreads: Mapping[str, Spread]) -> dict[str, obje
         text, value = f"<= {aim.bound:g} us", row.median_us
     else:
         text = f">= {aim.bound}x {aim.peer}"
-        value = spreads[aim.peer].median * 1e6 / row.median_us if aim.peer in spreads else None
+        # A peer's name may go on with how it was run.
+        peer = next((spread for name, spread in spreads.items() if name.startswith(aim.peer)), None)
+        value = None if peer is None else peer.median * 1e6 / row.median_us
     met = None if value is None else value <= aim.bound if aim.what == "microseconds" else value >= aim.bound
     return {"aim": text, "value": None if value is None else round(value, 3), "met": met}

@@ -47,7 +47,7 @@ def run(
         if smoke:
             warnings.simplefilter("ignore")  # of peers: torch names why each backend refuses
         say("probing the device")
-        probes, familiar = probe(timer, *((1 << 16, 64) if smoke else (2 << 30, 8192)))
+        probes, familiar = probe(timer, *((1 << 16, 64, 2) if smoke else (2 << 30, 8192, 50)))
         experiments = experiment(smoke, timer.device) if not only or "experiments" in only else []
         specs = [spec for spec in all_specs(sizes, timer.device) if not only or any(o in spec.op for o in only)]
         for number, spec in enumerate(specs):
@@ -57,7 +57,6 @@ def run(
                 continue
             say(f"{number + 1} of {len(specs)}: {name}")
             rows.append(attempt(spec, timer, probes, 1 if smoke else rounds))
-            timer.release()
 
     machine = timer.describe() | {"versions": report.versions(), "date": report.now()}
     command = "python -m kernels.bench " + " ".join(sys.argv[1:])
@@ -94,9 +93,11 @@ def experiment(smoke: bool, device: torch.device) -> list[Answer]:
 def attempt(spec: Spec, timer: Timer, probes: Probes, rounds: int) -> Row:
     """A row; an operator that raises fails, and the others are still measured."""
     try:
-        return measure(spec, timer, probes, rounds)
+        row = measure(spec, timer, probes, rounds)
+        timer.release()  # an error on the device shows here at the latest
     except Exception as problem:  # compiler errors and CUDA errors have many types
-        return Row(spec.op, spec.shape, 0.0, failure=f"{type(problem).__name__}: {problem}".splitlines()[0][:200])
+        return Row(spec.op, spec.shape, None, failure=f"{type(problem).__name__}: {problem}".splitlines()[0][:200])
+    return row
 
 
 def sentence(answer: Answer) -> str:

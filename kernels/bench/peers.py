@@ -38,12 +38,12 @@ def sdpa(query: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], causal: bool) ->
 
     A backend that refuses grouped heads gets K and V repeated beforehand, which costs it bytes: its name says so.
     """
-    return {name: _sdpa_calls(backend, query, pairs, causal) for name, backend in BACKENDS.items()}
+    return dict(_sdpa_calls(name, backend, query, pairs, causal) for name, backend in BACKENDS.items())
 
 
 def _sdpa_calls(
-    backend: SDPBackend | None, query: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], causal: bool
-) -> Sequence[Call] | str:
+    name: str, backend: SDPBackend | None, query: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], causal: bool
+) -> tuple[str, Sequence[Call] | str]:
     def call(k: Tensor, v: Tensor) -> Tensor:
         forced: AbstractContextManager[object] = nullcontext() if backend is None else sdpa_kernel([backend])
         with forced:
@@ -57,8 +57,8 @@ def _sdpa_calls(
         except RuntimeError as error:
             problem = f"failed: {str(error).strip().splitlines()[0]}"[:80]
         else:
-            return [partial(call, *pair) for pair in used]
-    return problem
+            return f"{name}, repeated K and V" if repeated else name, [partial(call, *pair) for pair in used]
+    return name, problem
 
 
 def _repeated(query: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import time
 import torch
 
 from kernels.bench.case import Probes
-from kernels.bench.timing import Sample, Timer
+from kernels.bench.timing import Call, Sample, Timer
 from kernels.cuda import activation
 
 ROUNDS = 7
@@ -18,7 +18,7 @@ def best(sample: Sample) -> float:
     return min(sample.run() for _ in range(ROUNDS))
 
 
-def probe(timer: Timer, copied_bytes: int, matrix: int) -> tuple[Probes, dict[str, float]]:
+def probe(timer: Timer, copied_bytes: int, matrix: int, launches: int) -> tuple[Probes, dict[str, float]]:
     """(rates, the same in familiar units with the costs of a launch).
 
     Bandwidth: a copy, read and written bytes together. Rate: a square bf16 product of random numbers (zeros would be
@@ -38,21 +38,22 @@ def probe(timer: Timer, copied_bytes: int, matrix: int) -> tuple[Probes, dict[st
         "copy_gb_s": round(bandwidth / 1e9, 1),
         "bf16_tflop_s": round(rate / 1e12, 2),
         "smallest_kernel_in_graph_us": round(in_graph * 1e6, 2),
-        "host_launch_torch_us": round(_host_microseconds(lambda: small.add_(1.0), timer), 2),
-        "host_launch_triton_us": round(_host_microseconds(lambda: activation.gated(row, "silu", False), timer), 2),
+        "host_launch_torch_us": round(_host_microseconds(lambda: small.add_(1.0), launches, timer), 2),
+        "host_launch_triton_us": round(
+            _host_microseconds(lambda: activation.gated(row, "silu", False), launches, timer), 2
+        ),
     }
 
 
-def _host_microseconds(call: object, timer: Timer) -> float:
-    """Host time of one asynchronous launch; the queue of the device is never full."""
-    assert callable(call)
+def _host_microseconds(call: Call, launches: int, timer: Timer) -> float:
+    """Host time of one asynchronous launch; there are few enough of them that the device's queue never fills."""
     call()
     seconds = []
     for _ in range(ROUNDS):
         timer.release()
         begin = time.perf_counter()
-        for _ in range(50):
+        for _ in range(launches):
             call()
-        seconds.append((time.perf_counter() - begin) / 50)
+        seconds.append((time.perf_counter() - begin) / launches)
     timer.release()
     return min(seconds) * 1e6

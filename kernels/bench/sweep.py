@@ -124,14 +124,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             for _, n, k in shapes:
                 for rows in sizes.rows:
                     if time.monotonic() - begin > arguments.seconds:
-                        skipped.append(f"{mode} N={n} K={k} M={rows}")
+                        skipped.append(f"{mode} N={n} K={k} M={rows}: the time was over")
                         continue
                     say(f"{mode} N={n} K={k} M={rows}")
-                    found = sweep_linear(mode, rows, n, k, sizes, timer, 1 if arguments.smoke else arguments.rounds)
+                    try:
+                        found = sweep_linear(mode, rows, n, k, sizes, timer, 1 if arguments.smoke else arguments.rounds)
+                        timer.release()
+                    except RuntimeError as problem:  # an error on the device: what was measured before is still printed
+                        skipped.append(f"{mode} N={n} K={k} M={rows}: {str(problem).splitlines()[0][:120]}")
+                        continue
                     text += map(line, found)
                     results += found
-                    timer.release()
-    text += [f"# skipped, the time was over: {name}" for name in skipped]
+    text += [f"# skipped: {name}" for name in skipped]
     print("\n".join(text))
     result: dict[str, object] = {"machine": machine, "sweep": results, "skipped": skipped}
     print(json.dumps(result))

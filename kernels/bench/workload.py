@@ -74,7 +74,7 @@ SMOKE = Sizes(
     intermediate=48,
     tokens=(3,),
     vocab=300,
-    batches=(3,),
+    batches=(1,),
     cold=1,
 )
 

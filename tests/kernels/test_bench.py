@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from kernels.bench import cuda, report, sweep
+from kernels.bench import cuda, peers, report, sweep
 from kernels.bench import timing as timing_module
 from kernels.bench.__main__ import main
 from kernels.bench.case import Aim, Case, Probes, Row, Spec, difference, measure, poisoned, verdict
@@ -40,8 +40,8 @@ def test_the_whole_protocol_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
     assert all(row["median_us"] > 0 and row["floor_us"] > 0 for row in result["kernels"])
     # A peer was timed or is named with its reason.
-    peers = {name: value for row in result["kernels"] for name, value in row["peers"].items()}
-    assert peers.keys() == {
+    found = {name: value for row in result["kernels"] for name, value in row["peers"].items()}
+    assert found.keys() == {
         *("sdpa flash", "sdpa cudnn", "sdpa default", "flashinfer", "cublas", "torchao", "gemlite", "torch")
     }
     assert len(result["experiments"]) == 8
@@ -68,8 +68,8 @@ def test_what_the_time_does_not_allow_is_named(
     monkeypatch.setattr(cuda, "probe", lambda *_: (PROBES, {}))
     assert main(["--smoke", "--only", "sample", "--seconds", "-1"]) == 0
     out = capsys.readouterr().out
-    assert json.loads(out.splitlines()[-1])["skipped"] == ["sample, k=50 p=0.9 B=3 V=300", "sample, greedy B=3 V=300"]
-    assert "Skipped, the time was over: sample, greedy B=3 V=300" in out
+    assert json.loads(out.splitlines()[-1])["skipped"] == ["sample, k=50 p=0.9 B=1 V=300", "sample, greedy B=1 V=300"]
+    assert "Skipped, the time was over: sample, greedy B=1 V=300" in out
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -142,12 +142,33 @@ def test_the_gate_sees_nan_and_what_was_not_written() -> None:
     assert compared("?", [(torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.nan]))])["differing_share"] == 0.5
 
 
+def test_attention_of_torch_without_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that refuses grouped heads gets K and V repeated, and is named so; the aims still find it."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def refuses(*tensors: torch.Tensor, is_causal: bool, enable_gqa: bool) -> torch.Tensor:
+        if enable_gqa:
+            raise RuntimeError("no grouped heads")
+        return attention(*tensors, is_causal=is_causal)
+
+    query, key = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16)
+    truth = attention(query, key, key, is_causal=True, enable_gqa=True)
+    monkeypatch.setattr(peers.F, "scaled_dot_product_attention", refuses)
+    found = peers.sdpa(query, [(key, key)], causal=True)
+    call = found["sdpa default, repeated K and V"][0]
+    assert callable(call)
+    assert torch.allclose(torch.as_tensor(call()), truth, atol=1e-6)
+    row = Row("op", "shape", 0.0, median_us=10.0)
+    spreads = {"sdpa default, repeated K and V": Spread(1e-5, 2e-5, 3e-5)}
+    assert verdict(Aim("ratio", 1.3, "sdpa default"), row, spreads)["value"] == 2.0
+
+
 def test_verdicts() -> None:
     row = Row("op", "shape", 0.0, median_us=10.0, share=0.9)
-    peers = {"peer": Spread(1e-5, 2e-5, 3e-5)}
-    assert verdict(Aim("share", 0.85), row, peers) == {"aim": "share >= 0.85", "value": 0.9, "met": True}
-    assert verdict(Aim("microseconds", 9.0), row, peers)["met"] is False
-    assert verdict(Aim("ratio", 2.0, "peer"), row, peers) == {"aim": ">= 2.0x peer", "value": 2.0, "met": True}
+    spreads = {"peer": Spread(1e-5, 2e-5, 3e-5)}
+    assert verdict(Aim("share", 0.85), row, spreads) == {"aim": "share >= 0.85", "value": 0.9, "met": True}
+    assert verdict(Aim("microseconds", 9.0), row, spreads)["met"] is False
+    assert verdict(Aim("ratio", 2.0, "peer"), row, spreads) == {"aim": ">= 2.0x peer", "value": 2.0, "met": True}
 
 
 def test_blocks_are_scattered_and_used_once() -> None:
