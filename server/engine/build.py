@@ -139,7 +139,7 @@ def start_core(
     )
     device.warm_up(runner, lambda fraction: report("warmup", "preparing the kernels", fraction))
     report("warmup", "running the first steps", None)
-    measured = _warm_up(runner, scheduler_config)
+    measured = _warm_up(runner, scheduler_config, device.warmup_tokens)
     if config.mixed_step_tokens is None:
         allowed = min(measured.mixed_step_tokens(block_size), config.max_tokens_per_step)
         scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed)
@@ -170,12 +170,12 @@ class WarmUp:
         return max(tokens // block_size, 1) * block_size
 
 
-def _warm_up(runner: StepRunner, config: SchedulerConfig) -> WarmUp:
+def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int) -> WarmUp:
     """Touch the weights and the operators' caches, then time one prompt and one decode step.
 
     The plans are made by hand on blocks that nobody owns yet; their contents are overwritten before they are read.
     """
-    prompt_len = max(1, min(256, config.max_model_len - 2, config.max_tokens_per_step))
+    prompt_len = max(1, min(warmup_tokens, config.max_model_len - 2, config.max_tokens_per_step))
     blocks = tuple(range(-(-(prompt_len + 1) // config.block_size)))
     sampling = SamplingParams(max_new_tokens=2, temperature=1.0, top_k=50, top_p=0.9)
     request = Request(0, [0] * prompt_len, sampling, output_token_ids=[0])

@@ -40,6 +40,7 @@ class CudaDevice:
     def __init__(self, dtype: torch.dtype | None, deterministic: bool) -> None:
         self.ops = CudaOps(dtype or torch.bfloat16, deterministic)
         self._on_gpu = device_type() == "cuda"
+        self.warmup_tokens = 256 if self._on_gpu else 4  # the interpreter takes a second for a few
         self._weight_bytes = self._peak_bytes = self._graph_bytes = 0
         self._base_bytes = self._allocated()
 

@@ -360,15 +360,22 @@ class CudaRunner:
 
         Blocks are written whose content is of no use to anyone yet.
         """
-        sizes = sorted({min(1 << power, self._max_tokens) for power in range(self._max_tokens.bit_length() + 1)})
+        # The linear layers choose their tiles by classes of rows that begin behind powers of two, and for many rows
+        # behind multiples of 128; with more than 8,192 all of them use their largest.
+        sizes = sorted(
+            {min(1 << power, self._max_tokens) for power in range(self._max_tokens.bit_length() + 1)}
+            | set(range(128, min(self._max_tokens, 8192) + 1, 128))
+        )
         num_all = len(sizes) + len(_WARM_PARAMS) + len(self.buckets)
         for num_done, size in enumerate(reversed(sizes)):
             self.launch(self._plan_of(size, 1, SamplingParams(2, temperature=0.0))).result()
             report(num_done / num_all)
         for num_done, params in enumerate(_WARM_PARAMS, start=len(sizes)):
             for num_rows in sorted({1, min(2, self._max_running), self._max_running}):
-                self.launch(self._plan_of(num_rows, num_rows, params)).result()
-                self.launch(self._plan_of(min(2 * num_rows, self._max_tokens), num_rows, params)).result()
+                for num_tokens in (num_rows, min(2 * num_rows, self._max_tokens)):
+                    self.launch(self._plan_of(num_tokens, num_rows, params)).result()
+                    # Once more, with the tokens that this has drawn as input.
+                    self.launch(self._plan_of(num_tokens, num_rows, params, num_inflight=1)).result()
             report(num_done / num_all)
         for num_done, bucket in enumerate(reversed(self.buckets), start=len(sizes) + len(_WARM_PARAMS)):
             self._warm_decode(bucket)
@@ -401,8 +408,9 @@ class CudaRunner:
                 self._decode_forward(bucket)
             self._graphs[bucket] = graph
 
-    def _plan_of(self, num_tokens: int, num_rows: int, params: SamplingParams) -> StepPlan:
-        """A step of `num_tokens` tokens in at least `num_rows` sequences, one token drawn for each of `num_rows`.
+    def _plan_of(self, num_tokens: int, num_rows: int, params: SamplingParams, num_inflight: int = 0) -> StepPlan:
+        """A step of `num_tokens` tokens in at least `num_rows` sequences, one token drawn for each of `num_rows`. With
+        `num_inflight`, the last token of each of these is one that the step before has drawn.
 
         The sequences share their blocks: what is written there is of no use to anyone.
         """
@@ -414,7 +422,9 @@ class CudaRunner:
             count = length + (index < longer)
             blocks = tuple(range(-(-count // self._block_size)))
             request = Request(-1 - index, [0] * count, params)
-            planned.append(PlannedRequest(request, 0, count, blocks, samples=index < num_rows, output_index=0))
+            samples = index < num_rows
+            inflight = num_inflight if samples else 0
+            planned.append(PlannedRequest(request, 0, count, blocks, samples, output_index=0, num_inflight=inflight))
         return StepPlan(0, tuple(planned))
 
 

@@ -34,10 +34,12 @@ class Device(Protocol):
 
     block_size      tokens of a KV block, unless the settings say otherwise
     pipeline_depth  steps in flight: 2 where the device computes beside the host
+    warmup_tokens   length of the prompt that is timed before the first request
     """
 
     block_size: int
     pipeline_depth: int
+    warmup_tokens: int
 
     @property
     def ops(self) -> Ops:
@@ -80,6 +82,7 @@ class CpuDevice:
 
     block_size = 16
     pipeline_depth = 1
+    warmup_tokens = 256
 
     def __init__(self, dtype: torch.dtype | None, threads: int | None) -> None:
         self.ops = CpuOps(threads=threads, dtype=dtype)
