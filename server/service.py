@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import hashlib
 import itertools
+import json
 import logging
 import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from server.generation import (
     Problem,
     Refusal,
     Started,
+    Timings,
+    Usage,
 )
 from server.job import Job
 from server.supervisor import EngineFailed, Supervisor
@@ -91,6 +95,7 @@ class Service:
         self._preparation: asyncio.Task[None] | None = None
         self._text: ModelText | None = None
         self._model = ""
+        self._fingerprint = ""
         self._failure: EngineFailed | None = None
         self._draining = False
         self._places_taken = 0
@@ -137,6 +142,8 @@ class Service:
             loop = asyncio.get_running_loop()
             self._model = await loop.run_in_executor(self._executor, _public_name, ready.identity.model)
             self._text = await loop.run_in_executor(self._executor, ModelText.load, Path(ready.model_path))
+            identity = json.dumps({**dataclasses.asdict(ready.identity), "model": self._model}, sort_keys=True)
+            self._fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
         except EngineFailed as error:
             self._failure = error
         except ModelTextError as error:
@@ -178,6 +185,22 @@ class Service:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     # What is known beforehand
+
+    @property
+    def model(self) -> str:
+        """What the served model is called in requests and answers; "" until it is known."""
+        return self._model
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the identity of /info: while it stays, a request with its seed gives the same text."""
+        return self._fingerprint
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of one sequence, prompt and output; 0 until it is known."""
+        ready = self._supervisor.ready
+        return self._context(ready) if ready is not None else 0
 
     def info(self) -> dict[str, Any]:
         """Identity, limits, defaults and state: the body of /info. Holds no path."""
@@ -260,7 +283,8 @@ class Service:
         if self._text is None:
             raise self._not_ready()
         if problems := self.problems(GenerationRequest(prompt_token_ids=ids)):
-            raise Refusal("invalid_request", [dataclasses.replace(problem, param="token_ids") for problem in problems])
+            message = problems[0].message.replace("prompt_token_ids", "tokens")
+            raise Refusal("invalid_request", [dataclasses.replace(problems[0], param="tokens", message=message)])
         return self._text.decode(ids, skip_special_tokens)
 
     # One request
@@ -325,17 +349,96 @@ class Service:
                 outcome = job.outcome if job is not None and job.ended else FinishReason.CANCELLED.value
             self._count(endpoint, outcome, job, now - began, now)
 
-    def _reserve(self, request: GenerationRequest) -> tuple[Ready, ModelText]:
-        """Take the request's places, all or none, without a pause in which another could. Raises Refusal."""
+    async def generate_together(
+        self, requests: Sequence[GenerationRequest], endpoint: str
+    ) -> AsyncGenerator[Event, None]:
+        """The events of several prompts as those of one request: their choices numbered on, their usage summed.
+
+        All are carried out or none: every refusal comes before the first event. In the metrics each prompt is a request
+        of its own, and they are one if they are refused together. All have the same `n` and one seed.
+        """
+        began = self._clock()
+        try:
+            requests = await self._check_together(requests)
+        except Refusal as refusal:
+            self._count(endpoint, refusal.code, None, self._clock() - began, self._clock())
+            raise
+        queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(4 * len(requests))
+
+        async def run(position: int, request: GenerationRequest) -> None:
+            try:
+                async with contextlib.aclosing(self.generate(request, endpoint)) as events:
+                    async for event in events:
+                        await queue.put((position, event))
+            except Exception as error:
+                await queue.put((position, error))
+
+        # Each takes its places and hands its tokens to the engine before it first waits, and so before any first event.
+        tasks = [asyncio.create_task(run(position, request)) for position, request in enumerate(requests)]
+        started = False
+        ends: list[Completed] = []
+        try:
+            while len(ends) < len(requests):
+                position, event = await queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Completed):
+                    ends.append(event)
+                elif isinstance(event, Started):
+                    if not started:
+                        yield event
+                    started = True
+                else:
+                    yield dataclasses.replace(event, index=position * requests[0].n + event.index)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        yield _sum(ends)
+
+    async def _check_together(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+        """The requests with their prompts as tokens, once all could be carried out now. Raises Refusal."""
+        ready, text = self._ready()
+        self._check_room(ready, sum(request.n for request in requests))
+        seed = requests[0].seed if requests[0].seed is not None else secrets.randbelow(2**53)
+        checked: list[GenerationRequest] = []
+        for position, request in enumerate(requests):
+            try:
+                prompt = await self.tokenize(request)
+                self._resolve(request, ready, text, prompt)
+            except Refusal as refusal:
+                names = {name: f"{name}[{position}]" for name in ("prompt", "prompt_token_ids")}
+                problems = [
+                    dataclasses.replace(problem, param=names.get(problem.param or "", problem.param))
+                    for problem in refusal.problems
+                ]
+                raise Refusal(refusal.code, problems, refusal.retry_after) from refusal
+            checked.append(dataclasses.replace(request, prompt=None, prompt_token_ids=tuple(prompt), seed=seed))
+        return checked
+
+    def _ready(self) -> tuple[Ready, ModelText]:
+        """What generation needs. Raises Refusal unless the state is "ready"."""
         ready, text = self._supervisor.ready, self._text
         if self.state != "ready" or ready is None or text is None:
             raise self._not_ready()
+        return ready, text
+
+    def _check_room(self, ready: Ready, places: int) -> None:
+        """Raise Refusal unless so many places are free."""
+        capacity = self._capacity(ready)
+        if places > capacity:
+            message = f"The prompts' {places} choices exceed the {capacity} places of this server."
+            raise Refusal("invalid_request", [Problem("prompt", message, places, f"up to {capacity} choices")])
+        if self._places_taken + places > capacity:
+            message = f"All {capacity} places are taken ({ready.max_running} running, the rest waiting)."
+            raise Refusal("queue_full", [Problem(None, message)], self._retry_after(places))
+
+    def _reserve(self, request: GenerationRequest) -> tuple[Ready, ModelText]:
+        """Take the request's places, all or none, without a pause in which another could. Raises Refusal."""
+        ready, text = self._ready()
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        capacity = self._capacity(ready)
-        if self._places_taken + request.n > capacity:
-            message = f"All {capacity} places are taken ({ready.max_running} running, the rest waiting)."
-            raise Refusal("queue_full", [Problem(None, message)], self._retry_after(request.n))
+        self._check_room(ready, request.n)
         self._places_taken += request.n
         self._idle.clear()
         return ready, text
@@ -472,6 +575,17 @@ def _public_name(model: str) -> str:
     """What a model is called in answers: its Hub id or own name, or the last part of its path; no path."""
     path = Path(model)
     return path.resolve().name if path.is_absolute() or path.is_dir() else model
+
+
+def _sum(ends: Sequence[Completed]) -> Completed:
+    """One end for several prompts: tokens added up; of the times, which ran side by side, the longest."""
+    usage = Usage(
+        sum(end.usage.prompt_tokens for end in ends),
+        sum(end.usage.completion_tokens for end in ends),
+        sum(end.usage.cached_tokens for end in ends),
+    )
+    times = zip(*(dataclasses.astuple(end.timings) for end in ends), strict=True)
+    return Completed(ends[0].seed, usage, Timings(*map(max, times)))
 
 
 def _content_size(message: dict[str, Any]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
 
 from fastapi import FastAPI, Request
@@ -13,24 +13,35 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.generation import Problem
-from server.http.errors import ClientGone, HttpError, error_response, internal_problem
-from server.http.generate import GenerationResponse, Generator, known_params, read_generate
+from server.generation import Problem, Refusal
+from server.http.errors import ClientGone, HttpError, error_response, internal_problem, refusal_response
+from server.http.generate import Call, GenerationResponse, known_params, read_generate
 from server.http.limits import Limits
+from server.http.openai.calls import CHAT, COMPLETIONS, read_chat, read_completion
+from server.http.openai.schemas import ChatBody, CompletionBody
+from server.http.schemas import GenerateBody
 from server.http.sse import encode_json
+from server.http.tokens import DetokenizeBody, TokenizeBody, TokenService, detokenize, tokenize
 from server.metrics import Metrics
 
 request_log = logging.getLogger("stet.request")
 logger = logging.getLogger("stet.http")
 
-ROUTES = ("/generate", "/info", "/livez", "/readyz", "/health", "/metrics")
+_MODELS = "/v1/models"
+ROUTES = (
+    *("/generate", COMPLETIONS, CHAT, _MODELS, "/tokenize", "/detokenize"),
+    *("/info", "/livez", "/readyz", "/health", "/metrics"),
+)
 _FIELDS = "stet.fields"
+_NAMES = frozenset().union(
+    *(body.model_fields for body in (GenerateBody, ChatBody, CompletionBody, TokenizeBody, DetokenizeBody))
+)
 # No client sees it: the log's and the metrics' way to say that the client left before an answer, as in nginx.
 _CLIENT_GONE = 499
 _PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
-class AppService(Generator, Protocol):
+class AppService(TokenService, Protocol):
     """What the routes need of server.service.Service."""
 
     @property
@@ -47,25 +58,75 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
     app.add_middleware(Observer, metrics=metrics)
     app.add_exception_handler(HTTPException, _routing_error)
 
-    @app.post("/generate", response_model=None)
-    async def generate(request: Request) -> Response:
-        fields: dict[str, Any] = request.scope[_FIELDS]
-        began = time.monotonic()
-        try:
-            call = await read_generate(request, service, limits)
-        except HttpError as error:
-            # The service never heard of this request: its ending is counted here.
-            _count_refusal(metrics, error.code, began)
-            fields.update(outcome=error.code, params=known_params(error.problems))
-            return error_response(error.code, error.problems, error.headers)
-        except ClientGone:
-            _count_refusal(metrics, "cancelled", began)
-            return Response(status_code=_CLIENT_GONE)
-        except BaseException:
-            _count_refusal(metrics, "internal", began)
-            raise
-        fields["stream"] = call.stream
-        return GenerationResponse(call, limits, fields)
+    def generation(path: str, read: Callable[[Request, AppService, Limits], Awaitable[Call]]) -> None:
+        @app.post(path, response_model=None)
+        async def generate(request: Request) -> Response:
+            fields: dict[str, Any] = request.scope[_FIELDS]
+            began = time.monotonic()
+            try:
+                call = await read(request, service, limits)
+            except HttpError as error:
+                # The service never heard of this request: its ending is counted here.
+                _count_refusal(metrics, path, error.code, began)
+                fields.update(outcome=error.code, params=known_params(error.problems, _NAMES))
+                return error_response(error.code, error.problems, error.headers)
+            except ClientGone:
+                _count_refusal(metrics, path, "cancelled", began)
+                return Response(status_code=_CLIENT_GONE)
+            except BaseException:
+                _count_refusal(metrics, path, "internal", began)
+                raise
+            fields["stream"] = call.stream
+            return GenerationResponse(call, limits, fields)
+
+    def text(path: str, answer: Callable[[Request, AppService, Limits], Awaitable[bytes]]) -> None:
+        @app.post(path, response_model=None)
+        async def tokens(request: Request) -> Response:
+            fields: dict[str, Any] = request.scope[_FIELDS]
+            try:
+                return Response(await answer(request, service, limits), media_type="application/json")
+            except HttpError as error:
+                fields.update(outcome=error.code, params=known_params(error.problems, _NAMES))
+                return error_response(error.code, error.problems, error.headers)
+            except Refusal as refusal:
+                fields.update(outcome=refusal.code)
+                return refusal_response(refusal)
+            except ClientGone:
+                return Response(status_code=_CLIENT_GONE)
+
+    generation("/generate", read_generate)
+    generation(CHAT, read_chat)
+    generation(COMPLETIONS, read_completion)
+    text("/tokenize", tokenize)
+    text("/detokenize", detokenize)
+
+    since = int(time.time())
+
+    def model_object() -> dict[str, Any]:
+        return {
+            "id": service.model,
+            "object": "model",
+            "created": since,
+            "owned_by": "stet",
+            "max_model_len": service.context_length,
+        }
+
+    def loading() -> Response:
+        return error_response("loading", [Problem(None, "The model is being loaded.")])
+
+    @app.api_route(_MODELS, methods=["GET", "HEAD"], response_model=None)
+    async def models() -> Response:
+        return _json({"object": "list", "data": [model_object()]}) if service.model else loading()
+
+    @app.api_route(_MODELS + "/{name:path}", methods=["GET", "HEAD"], response_model=None)
+    async def model(name: str) -> Response:
+        if not service.model:
+            return loading()
+        if name != service.model:
+            # The name is not repeated: as in the answer to an unknown route.
+            text = f"No such model is served here: {service.model} is."
+            return error_response("model_not_found", [Problem("model", text)])
+        return _json(model_object())
 
     @app.api_route("/info", methods=["GET", "HEAD"], response_model=None)
     async def info() -> Response:
@@ -93,9 +154,9 @@ def _json(value: Mapping[str, Any], status: int = 200) -> Response:
     return Response(encode_json(value), status, {"cache-control": "no-store"}, "application/json")
 
 
-def _count_refusal(metrics: Metrics, outcome: str, began: float) -> None:
+def _count_refusal(metrics: Metrics, endpoint: str, outcome: str, began: float) -> None:
     metrics.request_finished(
-        "/generate",
+        endpoint,
         outcome,
         duration=time.monotonic() - began,
         queue=None,
@@ -157,6 +218,8 @@ class Observer:
             seconds = time.perf_counter() - began
             path = scope["path"]
             route = path if path in ROUTES else "other"
+            if path.startswith(_MODELS + "/"):
+                route = _MODELS
             self._metrics.http_request(route, scope["method"], status or _CLIENT_GONE, seconds)
             # Probes come every second and say what the metrics say too.
             level = logging.DEBUG if route in _PROBES else logging.INFO

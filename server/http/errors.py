@@ -15,6 +15,7 @@ STATUS = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
     "not_found": 404,
+    "model_not_found": 404,
     "method_not_allowed": 405,
     "timeout": 408,
     "too_large": 413,
@@ -103,6 +104,9 @@ def error_response(
     wait = retry_after if retry_after is not None else _DEFAULT_RETRY_AFTER.get(code)
     if wait is not None:
         sent["retry-after"] = str(max(1, wait))
+    if code == "unsupported":
+        # OpenAI's clients try every 5xx again; this one stays what it is.
+        sent["x-should-retry"] = "false"
     return Response(error_body(code, problems), STATUS[code], sent, "application/json")
 
 

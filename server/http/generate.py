@@ -27,7 +27,7 @@ from server.generation import (
 )
 from server.http.errors import HttpError, error_response, internal_problem, refusal_response
 from server.http.limits import Limits, parse_json_object, read_body
-from server.http.schemas import GenerateBody, parse_generate
+from server.http.schemas import parse_generate
 from server.http.sse import KEEP_ALIVE, AnswerBuilder, EventWriter
 
 logger = logging.getLogger("stet.http")
@@ -105,7 +105,7 @@ async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
 async def read_generate(request: Request, service: Generator, limits: Limits) -> Call:
     """The checked body of /generate. Raises HttpError with every problem that the body and the limits can show."""
     sent = await read_object(request, limits)
-    parsed = await asyncio.to_thread(parse_generate, sent) if _is_large(sent) else parse_generate(sent)
+    parsed = await asyncio.to_thread(parse_generate, sent) if is_large(sent) else parse_generate(sent)
     wanted = parsed.request
     refuse(merge(parsed.problems, service.problems(wanted)), parsed.unsupported)
     return Call(
@@ -118,7 +118,7 @@ async def read_generate(request: Request, service: Generator, limits: Limits) ->
     )
 
 
-def _is_large(sent: Mapping[str, Any]) -> bool:
+def is_large(sent: Mapping[str, Any]) -> bool:
     """Whether checking a body would hold up the streams: only long lists and objects in it take time."""
     return any(isinstance(value, list | dict) and len(value) > 4096 for value in sent.values())
 
@@ -137,7 +137,7 @@ def merge(first: list[Problem], second: list[Problem]) -> list[Problem]:
     return first + [problem for problem in second if problem.param not in named]
 
 
-def known_params(problems: list[Problem], known: Collection[str] = GenerateBody.model_fields.keys()) -> list[str]:
+def known_params(problems: list[Problem], known: Collection[str]) -> list[str]:
     """The parameters of problems, for the log: only names of ours, since an unknown one may be a piece of a prompt."""
     names = {re.split(r"[.\[]", problem.param or "")[0] for problem in problems}
     return sorted(names & set(known))

@@ -132,9 +132,9 @@ class AnswerBuilder:
     def finished(self, event: ChoiceFinished) -> None:
         self._finished[event.index] = event
 
-    def answer(self, started: Started, event: Completed) -> bytes:
-        """The whole body, once every output has finished."""
-        outputs = [
+    def outputs(self) -> list[_Output]:
+        """Every output that has finished."""
+        return [
             _Output(
                 index,
                 "".join(self._texts.get(index, ())),
@@ -144,9 +144,13 @@ class AnswerBuilder:
             )
             for index, end in sorted(self._finished.items())
         ]
-        return _encode(
-            _Answer(started.id, started.model, event.seed, outputs, _usage(event.usage), _timings(event.timings))
+
+    def answer(self, started: Started, event: Completed) -> bytes:
+        """The whole body, once every output has finished."""
+        answer = _Answer(
+            started.id, started.model, event.seed, self.outputs(), _usage(event.usage), _timings(event.timings)
         )
+        return _encode(answer)
 
 
 def encode_json(value: Any) -> bytes:

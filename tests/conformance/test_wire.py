@@ -140,8 +140,9 @@ def test_statuses(server: Launched) -> None:
 
     assert error(post(b"{"))[:2] == (400, "invalid_request")
     assert error(b"nonsense\r\n\r\n")[:2] == (400, "invalid_request")
-    assert error(get("/v1/models"))[:2] == (404, "not_found")
-    assert error(post({}, "/v1/chat/completions"))[:2] == (404, "not_found")
+    assert error(get("/v1/embeddings"))[:2] == (404, "not_found")
+    assert error(get("/v1/models/other"))[:2] == (404, "model_not_found")
+    assert error(post({}, "/v1/chat/completions"))[:2] == (400, "invalid_request")
     status, code, headers = error(get("/generate"))
     assert (status, code, headers["allow"]) == (405, "method_not_allowed", "POST")
     assert error(post(b"", length=2**20 + 1))[:2] == (413, "too_large")

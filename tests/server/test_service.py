@@ -237,7 +237,7 @@ def test_messages_and_tokenize(tmp_path: Path) -> None:
         for bad in (-1, VOCABULARY):
             with pytest.raises(Refusal, match="vocabulary") as caught:
                 server.service.detokenize([5, bad])
-            assert caught.value.problems[0].param == "token_ids"
+            assert caught.value.problems[0].param == "tokens"
 
     run(tmp_path, test, mode="echo")
 

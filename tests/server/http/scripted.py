@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +84,24 @@ class ScriptedService:
                 yield event
         finally:
             self.num_open -= 1
+
+    model: str = "tiny"
+    fingerprint: str = "fp_0"
+    context_length: int = 100
+
+    async def generate_together(
+        self, requests: Sequence[GenerationRequest], endpoint: str = "/generate"
+    ) -> AsyncIterator[Event]:
+        self.seen += requests[1:]
+        async for event in self.generate(requests[0], endpoint):
+            yield event
+
+    async def tokenize(self, request: GenerationRequest) -> list[int]:
+        self.seen.append(request)
+        return [5, 6]
+
+    def detokenize(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return f"{list(token_ids)} {skip_special_tokens}"
 
     def info(self) -> dict[str, Any]:
         return {"model": "tiny"}

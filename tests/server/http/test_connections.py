@@ -242,7 +242,7 @@ def test_no_http(server: ServerThread, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "//generate", "/generate/", "/v1/completions", "/docs", "/openapi.json", "/%2e%2e/x", "*", "/<b>"]
+    "path", ["/", "//generate", "/generate/", "/v1/embeddings", "/docs", "/openapi.json", "/%2e%2e/x", "*", "/<b>"]
 )
 @pytest.mark.parametrize("method", ["GET", "OPTIONS"])
 def test_unknown_route(server: ServerThread, path: str, method: str) -> None:
@@ -261,6 +261,8 @@ def test_unknown_route(server: ServerThread, path: str, method: str) -> None:
         ("HEAD", "/generate", "POST"),
         ("OPTIONS", "/generate", "POST"),
         ("PUT", "/generate", "POST"),
+        ("GET", "/v1/chat/completions", "POST"),
+        ("POST", "/v1/models", "GET, HEAD"),
         ("POST", "/metrics", "GET, HEAD"),
         ("DELETE", "/livez", "GET, HEAD"),
     ],
@@ -275,7 +277,7 @@ def test_wrong_method(server: ServerThread, method: str, path: str, allow: str) 
             assert answer.error["code"] == "method_not_allowed"
 
 
-@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/metrics", "/info"])
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/metrics", "/info", "/v1/models"])
 def test_head(server: ServerThread, path: str) -> None:
     with Connection(server.port) as connection:
         connection.send(get(path, "HEAD"))

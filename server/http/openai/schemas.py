@@ -1,0 +1,304 @@
+"""The bodies of `/v1/chat/completions` and `/v1/completions`: what is theirs alone, and how the rest is native.
+
+A parameter that means the same on /generate is checked there, by the same table. What is named differently is given to
+that table under its native name, and problems are told in the words that were sent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from server.generation import GenerationRequest, Problem
+from server.http import schemas as native
+from server.http.fields import Words, check, must_be, not_yet, parameter, unknown_names
+
+MAX_PROMPTS = 64
+
+# Parameters of /generate that are taken over as they are; the second group is not OpenAI's.
+SHARED = (
+    *("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stream"),
+    *("min_new_tokens", "top_k", "min_p", "typical_p", "repetition_penalty", "include_stop", "stop_token_ids"),
+    *("ignore_eos", "return_token_ids", "skip_special_tokens", "priority", "request_id", "cache_salt"),
+)
+COMPLETION_SHARED = (*SHARED, "add_special_tokens")
+
+_TEXT = "a string, or a list of text parts"
+_TOKEN_LIMIT = "an integer from 1 to the context length − the prompt"
+
+
+def _text_content(value: Any) -> Any:
+    """A string, or parts of text. One error for the whole of it."""
+    parts = [] if isinstance(value, str) else value
+    if not isinstance(parts, list) or (parts == [] and parts is value) or not all(map(_is_text_part, parts)):
+        raise PydanticCustomError("content", "no text")
+    return value
+
+
+def _is_text_part(part: Any) -> bool:
+    return (
+        isinstance(part, dict)
+        and part.keys() == {"type", "text"}
+        and part["type"] == "text"
+        and isinstance(part["text"], str)
+    )
+
+
+class ChatMessage(BaseModel):
+    """One message of a chat, as the official clients send it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[Any, AfterValidator(_text_content)]
+    name: Annotated[str | None, Field(min_length=1, max_length=64)] = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds beside text."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    include_usage: bool | None = None
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    model: str | None = parameter(
+        "the name of the served model", "left out, it is that one", shown="the served model", max_length=256
+    )
+    max_tokens: int | None = parameter(_TOKEN_LIMIT, shown="min(256, room)", ge=1, lt=2**31)
+    stream_options: StreamOptions | None = parameter(
+        "an object with `include_usage`", "with `stream` only: true adds a last chunk with the usage"
+    )
+    user: str | None = parameter("up to 256 characters", "changes nothing", max_length=256)
+
+
+class ChatBody(_Body):
+    """What /v1/chat/completions has beside the shared parameters."""
+
+    messages: list[ChatMessage] | None = parameter(
+        "one or more objects with `role` and `content`",
+        "roles: system, developer, user, assistant, tool; content: a string or a list of text parts; `name` goes to "
+        "the template",
+        shown="required",
+        min_length=1,
+        fail_fast=True,
+    )
+    max_completion_tokens: int | None = parameter(
+        _TOKEN_LIMIT, "the newer name of `max_tokens`", shown="min(256, room)", ge=1, lt=2**31
+    )
+
+
+class CompletionBody(_Body):
+    """What /v1/completions has beside the shared parameters."""
+
+    prompt: Any = parameter(
+        f"text, a list of texts, a list of token ids, or a list of such lists; up to {MAX_PROMPTS} prompts",
+        "the choices of the first prompt come first",
+        shown="required",
+    )
+
+
+# What each route knows by name and does not carry out, with the one value that asks for nothing.
+_LATER: dict[str, Any] = {
+    name: idle for name, idle in native.UNSUPPORTED.items() if name not in ("logprobs", "echo")
+} | {"response_format": {"type": "text"}}
+CHAT_UNSUPPORTED: Mapping[str, Any] = {
+    "logprobs": False,
+    "top_logprobs": None,
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": None,
+    "functions": [],
+    "function_call": "none",
+    "modalities": ["text"],
+    "audio": None,
+    "prediction": None,
+    "reasoning_effort": None,
+    "verbosity": None,
+    "web_search_options": None,
+    "service_tier": "auto",
+    "store": False,
+    "metadata": {},
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    **_LATER,
+}
+COMPLETION_UNSUPPORTED: Mapping[str, Any] = {"logprobs": None, "echo": False, "best_of": 1, "suffix": None, **_LATER}
+
+# Members of messages: clients send an earlier answer back as they got it, nulls included.
+_MESSAGE_UNSUPPORTED: Mapping[str, Any] = {
+    "tool_calls": [],
+    "tool_call_id": None,
+    "function_call": None,
+    "refusal": None,
+    "audio": None,
+    "annotations": [],
+    "reasoning_content": None,
+}
+
+MESSAGE_MEMBERS = {
+    "role": "one of system, developer, user, assistant, tool",
+    "content": _TEXT,
+    "name": "1 to 64 characters",
+}
+WORDS = Words(
+    items={"messages": "an object with `role` and `content`"},
+    members={"messages": MESSAGE_MEMBERS, "stream_options": {"include_usage": "true or false"}},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """What an OpenAI-shaped body asks for, and all that is wrong with it: see server.http.schemas.ParsedBody.
+
+    requests  one for each prompt, at least one
+    respell   a problem in native names in the names of this route
+    """
+
+    requests: list[GenerationRequest]
+    stream: bool
+    include_usage: bool
+    model: str | None
+    problems: list[Problem]
+    unsupported: list[Problem]
+    respell: Callable[[Problem], Problem]
+
+
+def parse_chat(body: Mapping[str, Any]) -> ParsedCall:
+    """Check a JSON object against the parameters of /v1/chat/completions."""
+    known = (*ChatBody.model_fields, *SHARED, *CHAT_UNSUPPORTED)
+    messages, unsupported = plain_messages(body.get("messages"))
+    checked = check(ChatBody, {**body, "messages": messages}, WORDS)
+    valid = checked.valid
+    own = unknown_names(body, known) + checked.problems + _check_stream_options(valid, body)
+    if body.get("messages") is None:
+        own.append(Problem("messages", "messages is missing.", None, "one or more messages"))
+    limit, name = valid.max_completion_tokens, "max_completion_tokens"
+    if limit is None and body.get("max_tokens") is not None:
+        limit, name = valid.max_tokens, "max_tokens"
+    elif valid.max_tokens is not None and limit is not None and valid.max_tokens != limit:
+        text = "max_tokens contradicts max_completion_tokens: it is the older name of the same."
+        own.append(Problem("max_tokens", text, valid.max_tokens, "give one of the two"))
+    respell = _respeller({"max_new_tokens": name})
+    parsed = native.parse_parameters(_shared(body, SHARED, limit))
+    request = dataclasses.replace(parsed.request, messages=messages_of(valid.messages or []))
+    return ParsedCall(
+        [request],
+        parsed.stream,
+        valid.stream_options is not None and valid.stream_options.include_usage is True,
+        valid.model,
+        own + [respell(problem) for problem in parsed.problems],
+        unsupported + not_yet(body, CHAT_UNSUPPORTED),
+        respell,
+    )
+
+
+def parse_completion(body: Mapping[str, Any]) -> ParsedCall:
+    """Check a JSON object against the parameters of /v1/completions."""
+    known = (*CompletionBody.model_fields, *COMPLETION_SHARED, *COMPLETION_UNSUPPORTED)
+    checked = check(CompletionBody, body, WORDS)
+    valid = checked.valid
+    own = unknown_names(body, known) + checked.problems + _check_stream_options(valid, body)
+    prompts, problem = _prompts(body.get("prompt"))
+    if problem is not None:
+        own.append(problem)
+    respell = _respeller({"max_new_tokens": "max_tokens", "prompt_token_ids": "prompt"})
+    parsed = native.parse_parameters(_shared(body, COMPLETION_SHARED, valid.max_tokens))
+    return ParsedCall(
+        [dataclasses.replace(parsed.request, **prompt) for prompt in prompts],
+        parsed.stream,
+        valid.stream_options is not None and valid.stream_options.include_usage is True,
+        valid.model,
+        own + [respell(problem) for problem in parsed.problems],
+        not_yet(body, COMPLETION_UNSUPPORTED),
+        respell,
+    )
+
+
+def plain_messages(sent: Any) -> tuple[Any, list[Problem]]:
+    """Messages without the members that hold nothing, and a problem for each of those that we know but do not use."""
+    if not isinstance(sent, list):
+        return sent, []
+    plain: list[Any] = []
+    problems: list[Problem] = []
+    for position, message in enumerate(sent):
+        if not isinstance(message, dict):
+            plain.append(message)
+            continue
+        problems += not_yet(message, _MESSAGE_UNSUPPORTED, f"messages[{position}].")
+        plain.append({name: value for name, value in message.items() if name not in _MESSAGE_UNSUPPORTED})
+    return plain, problems
+
+
+def messages_of(messages: list[ChatMessage]) -> tuple[dict[str, Any], ...]:
+    """What the chat template gets."""
+    return tuple(message.model_dump(exclude_none=True) for message in messages)
+
+
+def _shared(body: Mapping[str, Any], names: tuple[str, ...], max_new_tokens: int | None) -> dict[str, Any]:
+    return {name: body[name] for name in names if name in body} | {"max_new_tokens": max_new_tokens}
+
+
+def _check_stream_options(valid: _Body, body: Mapping[str, Any]) -> list[Problem]:
+    if valid.stream_options is None or body.get("stream") is True:
+        return []
+    return [Problem("stream_options", "stream_options needs stream to be true.", None, "leave it out")]
+
+
+def _prompts(sent: Any) -> tuple[list[dict[str, Any]], Problem | None]:
+    """The prompts as parameters of requests. With a problem there is one without any prompt."""
+    if isinstance(sent, str):
+        return [{"prompt": sent}], None
+    nothing: list[dict[str, Any]] = [{}]
+    allowed = f"text, a list of texts, a list of token ids, or a list of such lists; up to {MAX_PROMPTS} prompts"
+    if sent is None:
+        return nothing, Problem("prompt", "prompt is missing.", None, allowed)
+    if not isinstance(sent, list) or not sent:
+        return nothing, must_be("prompt", sent, allowed)
+    if type(sent[0]) is int:
+        wrong = _no_token_id(sent)
+        if wrong is not None:
+            return nothing, must_be(f"prompt[{wrong}]", sent[wrong], "a token id: an integer from 0")
+        return [{"prompt_token_ids": tuple(sent)}], None
+    if len(sent) > MAX_PROMPTS:
+        return nothing, must_be("prompt", sent, f"up to {MAX_PROMPTS} prompts")
+    texts = isinstance(sent[0], str)
+    kind = str if texts else list
+    for position, prompt in enumerate(sent):
+        if not isinstance(prompt, kind) or prompt == []:
+            what = "text, like the first" if texts else "a list of token ids that is not empty, like the first"
+            return nothing, must_be(f"prompt[{position}]", prompt, what if position else allowed)
+        wrong = None if isinstance(prompt, str) else _no_token_id(prompt)
+        if wrong is not None:
+            where = f"prompt[{position}][{wrong}]"
+            return nothing, must_be(where, prompt[wrong], "a token id: an integer from 0")
+    if texts:
+        return [{"prompt": prompt} for prompt in sent], None
+    return [{"prompt_token_ids": tuple(prompt)} for prompt in sent], None
+
+
+def _no_token_id(values: list[Any]) -> int | None:
+    """Where the first value is that can be no token id."""
+    return next((i for i, value in enumerate(values) if type(value) is not int or not 0 <= value < 2**31), None)
+
+
+def _respeller(names: Mapping[str, str]) -> Callable[[Problem], Problem]:
+    pattern = re.compile(rf"\b({'|'.join(names)})\b")
+
+    def respelled(text: str | None) -> str | None:
+        return None if text is None else pattern.sub(lambda match: names[match[0]], text)
+
+    def respell(problem: Problem) -> Problem:
+        message = respelled(problem.message) or problem.message
+        return Problem(respelled(problem.param), message, problem.value, respelled(problem.allowed))
+
+    return respell
