@@ -1,0 +1,397 @@
+"""The OpenAI-shaped routes over a scripted service: every chunk, every refusal, and what reaches the service."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from server.engine.request import FinishReason
+from server.generation import ChoiceFinished, Event, GenerationRequest, Problem, Refusal, Started, TextDelta
+from server.http.openai.schemas import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED
+from tests.server.http.scripted import ServerThread, completed, endless, never
+from tests.server.http.wire import Connection, post, wait_for
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "Hi"}]
+BODIES: dict[str, dict[str, Any]] = {CHAT: {"messages": MESSAGES}, COMPLETIONS: {"prompt": "Once"}}
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 2,
+    "total_tokens": 5,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
+
+async def two_choices(request: GenerationRequest) -> AsyncIterator[Event]:
+    yield Started("gen-1", "tiny", 7)
+    yield TextDelta(1, "b", (6,))
+    yield TextDelta(0, "", (5,))
+    yield ChoiceFinished(1, FinishReason.STOP, "x")
+    yield TextDelta(0, "a", (5,))
+    yield ChoiceFinished(0, FinishReason.LENGTH)
+    yield completed()
+
+
+def chunks_of(answer: httpx.Response) -> list[Any]:
+    """The data of every event; each must be one `data:` line."""
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    *blocks, end = answer.text.split("\n\n")
+    assert end == ""
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+    return [json.loads(block[6:]) if block != "data: [DONE]" else "[DONE]" for block in blocks]
+
+
+def test_chat_answer(client: httpx.Client) -> None:
+    body = client.post(CHAT, json=BODIES[CHAT]).json()
+    assert abs(body.pop("created") - time.time()) < 60
+    assert body == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "model": "tiny",
+        "system_fingerprint": "fp_0",
+        "seed": 7,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "a tale\n", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "length",
+                "stop_reason": None,
+            }
+        ],
+        "usage": USAGE,
+    }
+
+
+def test_completion_answer(client: httpx.Client, server: ServerThread) -> None:
+    server.service.script = two_choices
+    body = client.post(COMPLETIONS, json=BODIES[COMPLETIONS] | {"n": 2, "return_token_ids": True}).json()
+    assert (body["id"], body["object"], body["usage"]) == ("cmpl-1", "text_completion", USAGE)
+    common = {"logprobs": None}
+    assert body["choices"] == [
+        {"index": 0, "text": "a", "finish_reason": "length", "stop_reason": None, "token_ids": [5, 5], **common},
+        {"index": 1, "text": "b", "finish_reason": "stop", "stop_reason": "x", "token_ids": [6], **common},
+    ]
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_chat_chunks(client: httpx.Client, server: ServerThread, include_usage: bool) -> None:
+    server.service.script = two_choices
+    sent = BODIES[CHAT] | {"stream": True, "n": 2, "stream_options": {"include_usage": include_usage}}
+    *chunks, last = chunks_of(client.post(CHAT, json=sent))
+    assert last == "[DONE]"
+    created = chunks[0]["created"]
+    if include_usage:
+        total = chunks.pop()
+        assert (total["choices"], total["usage"], total["seed"]) == ([], USAGE, 7)
+    for chunk in chunks:
+        head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": created, "model": "tiny"}
+        assert head.items() <= chunk.items()
+        assert chunk["system_fingerprint"] == "fp_0"
+        assert ("usage" in chunk) == include_usage
+        assert chunk.get("usage") is None
+    assert [chunk["choices"] for chunk in chunks] == [
+        [{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}],
+        [{"index": 1, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}],
+        [{"index": 1, "delta": {"content": "b"}, "logprobs": None, "finish_reason": None}],
+        [{"index": 1, "delta": {}, "logprobs": None, "finish_reason": "stop", "stop_reason": "x"}],
+        [{"index": 0, "delta": {"content": "a"}, "logprobs": None, "finish_reason": None}],
+        [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length", "stop_reason": None}],
+    ]
+
+
+def test_completion_chunks(client: httpx.Client) -> None:
+    sent = BODIES[COMPLETIONS] | {"stream": True, "return_token_ids": True, "request_id": "mine"}
+    *chunks, last = chunks_of(client.post(COMPLETIONS, json=sent))
+    assert last == "[DONE]"
+    assert {(chunk["id"], chunk["object"]) for chunk in chunks} == {("mine", "text_completion")}
+    assert [chunk["choices"] for chunk in chunks] == [
+        [{"index": 0, "text": "a", "logprobs": None, "finish_reason": None, "token_ids": [5]}],
+        [{"index": 0, "text": " tale\n", "logprobs": None, "finish_reason": None, "token_ids": [6]}],
+        [{"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
+    ]
+
+
+def test_a_failure_in_a_stream_is_an_error_chunk_without_done(client: httpx.Client, server: ServerThread) -> None:
+    async def script(request: GenerationRequest) -> AsyncIterator[Event]:
+        yield Started("gen-1", "tiny", 7)
+        yield TextDelta(0, "a", (5,))
+        yield ChoiceFinished(0, FinishReason.ERROR, error="The engine went down twice.")
+        yield completed()
+
+    server.service.script = script
+    for path, body in BODIES.items():
+        *_, last = chunks_of(client.post(path, json=body | {"stream": True}))
+        assert last["error"]["message"] == "The engine went down twice."
+        assert client.post(path, json=body).status_code == 500
+
+
+def test_what_the_service_is_asked(client: httpx.Client, server: ServerThread) -> None:
+    sent = {
+        "model": "tiny",
+        "messages": [
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            {
+                "role": "assistant",
+                "content": "x",
+                "tool_calls": None,
+                "refusal": None,
+                "audio": None,
+                "annotations": [],
+            },
+            {"role": "user", "content": "Hi", "name": "Ann"},
+        ],
+        "max_completion_tokens": 5,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "logit_bias": {"5": -1},
+        "seed": 3,
+        "stop": "x",
+        "n": 2,
+        "user": "someone",
+        "top_k": 4,
+        "min_p": 0.1,
+        "typical_p": 0.8,
+        "repetition_penalty": 1.1,
+        "ignore_eos": True,
+        "min_new_tokens": 1,
+        "cache_salt": "s",
+    }
+    assert client.post(CHAT, json=sent).status_code == 200
+    assert server.service.seen == [
+        GenerationRequest(
+            messages=(
+                {"role": "developer", "content": sent["messages"][0]["content"]},  # type: ignore[index]
+                {"role": "assistant", "content": "x"},
+                {"role": "user", "content": "Hi", "name": "Ann"},
+            ),
+            max_new_tokens=5,
+            temperature=0.5,
+            top_p=0.9,
+            presence_penalty=1.0,
+            frequency_penalty=-1.0,
+            logit_bias={5: -1.0},
+            seed=3,
+            stop=("x",),
+            n=2,
+            top_k=4,
+            min_p=0.1,
+            typical_p=0.8,
+            repetition_penalty=1.1,
+            ignore_eos=True,
+            min_new_tokens=1,
+            cache_salt="s",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "requests"),
+    [
+        ("a", [{"prompt": "a"}]),
+        ([1, 2], [{"prompt_token_ids": (1, 2)}]),
+        (["a", "b"], [{"prompt": "a"}, {"prompt": "b"}]),
+        ([[1], [2, 3]], [{"prompt_token_ids": (1,)}, {"prompt_token_ids": (2, 3)}]),
+    ],
+    ids=str,
+)
+def test_prompts(client: httpx.Client, server: ServerThread, prompt: Any, requests: list[dict[str, Any]]) -> None:
+    assert client.post(COMPLETIONS, json={"prompt": prompt, "max_tokens": 9}).status_code == 200
+    expected = [GenerationRequest(max_new_tokens=9, **given) for given in requests]
+    assert sorted(server.service.seen, key=str) == sorted(expected, key=str)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    (CHAT, {"messages": None}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": "Hi"}, "messages"),
+    (CHAT, {"messages": ["Hi"]}, "messages[0]"),
+    (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "contant": "x"}]}, "messages[0].contant"),
+    (CHAT, {"max_tokens": 0}, "max_tokens"),
+    (CHAT, {"max_completion_tokens": True}, "max_completion_tokens"),
+    (CHAT, {"max_completion_tokens": 5, "max_tokens": 6}, "max_tokens"),
+    (CHAT, {"max_tokens": 5, "min_new_tokens": 6}, "min_new_tokens"),
+    (CHAT, {"temperature": 3}, "temperature"),
+    (CHAT, {"n": 9}, "n"),
+    (CHAT, {"stop": ["x"] * 17}, "stop"),
+    (CHAT, {"seed": -1}, "seed"),
+    (CHAT, {"logit_bias": {"x": 1}}, "logit_bias[x]"),
+    (CHAT, {"prompt": "x"}, "prompt"),
+    (CHAT, {"max_new_tokens": 5}, "max_new_tokens"),
+    (CHAT, {"do_sample": False}, "do_sample"),
+    (CHAT, {"user": 5}, "user"),
+    (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
+    (CHAT, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    (CHAT, {"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+    (CHAT, {"stream": True, "stream_options": True}, "stream_options"),
+    (COMPLETIONS, {"prompt": None}, "prompt"),
+    (COMPLETIONS, {"prompt": 5}, "prompt"),
+    (COMPLETIONS, {"prompt": []}, "prompt"),
+    (COMPLETIONS, {"prompt": ["x"] * 65}, "prompt"),
+    (COMPLETIONS, {"prompt": ["x", 5]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [5, "x"]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [5, True]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [-5]}, "prompt[0]"),
+    (COMPLETIONS, {"prompt": [True]}, "prompt[0]"),
+    (COMPLETIONS, {"prompt": [[5], []]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": [[5], [6, 2**31]]}, "prompt[1][1]"),
+    (COMPLETIONS, {"prompt": [[5], "x"]}, "prompt[1]"),
+    (COMPLETIONS, {"messages": MESSAGES}, "messages"),
+    (COMPLETIONS, {"max_completion_tokens": 5}, "max_completion_tokens"),
+]
+
+
+@pytest.mark.parametrize(("path", "sent", "param"), REFUSED, ids=str)
+def test_refused(client: httpx.Client, server: ServerThread, path: str, sent: dict[str, Any], param: str) -> None:
+    answer = client.post(path, json=BODIES[path] | sent)
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code", "details"}
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_request", param)
+    assert param in error["message"]
+    assert len(error["details"]) == 1
+    assert server.service.seen == []
+
+
+IDLE = {CHAT: CHAT_UNSUPPORTED, COMPLETIONS: COMPLETION_UNSUPPORTED}
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in IDLE.items() for name in names])
+def test_not_supported_yet(client: httpx.Client, path: str, name: str) -> None:
+    for idle in (IDLE[path][name], None):
+        assert client.post(path, json=BODIES[path] | {name: idle}).status_code == 200
+    answer = client.post(path, json=BODIES[path] | {name: [{"type": "x"}]})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (501, "unsupported", name)
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_members_of_messages_that_are_not_supported_yet(client: httpx.Client) -> None:
+    message = {"role": "tool", "content": "x", "tool_call_id": "y"}
+    answer = client.post(CHAT, json={"messages": [*MESSAGES, message]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (501, "messages[1].tool_call_id")
+
+
+def test_another_model_is_not_found(client: httpx.Client, server: ServerThread) -> None:
+    for path, body in BODIES.items():
+        error = client.post(path, json=body | {"model": "gpt-4"})
+        assert (error.status_code, error.json()["error"]["code"]) == (404, "model_not_found")
+        assert error.json()["error"]["param"] == "model"
+        both = client.post(path, json=body | {"model": "gpt-4", "temperature": 3, "logprobs": 3})
+        assert both.status_code == 400
+        assert {item["param"] for item in both.json()["error"]["details"]} == {"model", "temperature", "logprobs"}
+    assert server.service.seen == []
+
+
+def test_problems_of_the_service_are_told_in_the_words_that_were_sent(
+    client: httpx.Client, server: ServerThread
+) -> None:
+    server.service.found = [
+        Problem("max_new_tokens", "max_new_tokens is too much.", 9, "1 to 8"),
+        Problem("prompt_token_ids", "prompt_token_ids must be ids.", 9),
+    ]
+
+    def params(path: str, sent: dict[str, Any]) -> list[str]:
+        answer = client.post(path, json=sent)
+        assert answer.status_code == 400
+        assert "max_new_tokens" not in answer.text
+        return [item["param"] for item in answer.json()["error"]["details"]]
+
+    assert params(CHAT, BODIES[CHAT] | {"max_tokens": 9})[0] == "max_tokens"
+    assert params(CHAT, BODIES[CHAT] | {"max_completion_tokens": 9})[0] == "max_completion_tokens"
+    assert params(COMPLETIONS, {"prompt": [9]}) == ["max_tokens", "prompt"]
+    assert params(COMPLETIONS, {"prompt": [[9], [9]]}) == ["max_tokens", "prompt[0]", "prompt[1]"]
+
+    async def script(request: GenerationRequest) -> AsyncIterator[Event]:
+        raise Refusal("context_length_exceeded", [Problem("max_new_tokens", "max_new_tokens 9 exceeds it.", 9)])
+        yield completed()
+
+    server.service.found, server.service.script = [], script
+    for stream in (False, True):
+        error = client.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 9, "stream": stream}).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
+        assert error["message"] == "max_tokens 9 exceeds it."
+
+
+@pytest.mark.parametrize("path", BODIES)
+@pytest.mark.parametrize("stream", [False, True])
+def test_leaving_closes_the_generator(server: ServerThread, path: str, stream: bool) -> None:
+    for script in (never, endless):
+        server.service.script = script
+        with Connection(server.port) as connection:
+            connection.send(post(BODIES[path] | {"stream": stream}, path))
+            if script is endless and stream:
+                connection.read_until(b"word")
+            wait_for(lambda: server.service.num_open == 1)
+        wait_for(lambda: server.service.num_open == 0)
+
+
+def test_refusals_are_counted_by_route(client: httpx.Client, server: ServerThread) -> None:
+    line = f'stet_requests_total{{endpoint="{CHAT}",outcome="invalid_request"}} '
+
+    def count() -> float:
+        text = server.metrics.render(None)[0].decode()
+        return float(text.split(line)[1].split()[0]) if line in text else 0.0
+
+    before = count()
+    client.post(CHAT, json={})
+    assert count() == before + 1
+
+
+def test_models(client: httpx.Client, server: ServerThread) -> None:
+    body = client.get("/v1/models").json()
+    (model,) = body["data"]
+    assert body["object"] == "list"
+    assert model.items() >= {"id": "tiny", "object": "model", "owned_by": "stet", "max_model_len": 100}.items()
+    assert client.get("/v1/models/tiny").json() == model
+    for name in ("other", "a/b", "%2e%2e", "<b>"):
+        answer = client.get(f"/v1/models/{name}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+        assert "<b>" not in answer.text
+    assert 'route="/v1/models",status="404"' in server.metrics.render(None)[0].decode()
+
+
+def test_tokenize_and_detokenize(client: httpx.Client, server: ServerThread) -> None:
+    answer = client.post("/tokenize", json={"prompt": "x", "add_special_tokens": False, "model": "tiny"})
+    assert answer.json() == {"count": 2, "max_model_len": 100, "tokens": [5, 6]}
+    assert client.post("/tokenize", json={"messages": MESSAGES}).status_code == 200
+    assert server.service.seen == [
+        GenerationRequest(prompt="x", add_special_tokens=False),
+        GenerationRequest(messages=({"role": "user", "content": "Hi"},)),
+    ]
+    assert client.post("/detokenize", json={"tokens": [5, 6]}).json() == {"prompt": "[5, 6] False"}
+    answer = client.post("/detokenize", json={"tokens": [5] * 3000, "skip_special_tokens": True})
+    assert answer.json()["prompt"].endswith("True")
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": "x", "messages": MESSAGES}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"),
+        ("/tokenize", {"prompt": "x", "promt": 5}, "promt"),
+        ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content"),
+        ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": "x"}, "tokens"),
+        ("/detokenize", {"tokens": [5, True]}, "tokens[1]"),
+        ("/detokenize", {"tokens": [5], "skip_special_tokens": 1}, "skip_special_tokens"),
+    ],
+    ids=str,
+)
+def test_tokens_refused(client: httpx.Client, path: str, sent: dict[str, Any], param: str) -> None:
+    answer = client.post(path, json=sent)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
