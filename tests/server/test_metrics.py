@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import get_args
 
+import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_prometheus
@@ -112,6 +113,15 @@ def test_names_types_and_labels_are_the_pages() -> None:
         name = family.name + "_total" if family.type == "counter" else family.name
         families[name] = (family.type, frozenset(labels))
     assert families == documented()
+
+
+def test_slower_paths_are_counted_from_the_start_on() -> None:
+    metrics = Metrics(Clock())
+    metrics.engine_ready(msgspec.structs.replace(ready(), fallbacks={"linear": 2}))
+    metrics.engine_step(stats(fallbacks={"compile": 1, "linear": 1}))  # type: ignore[arg-type]
+    metrics.engine_step(stats())
+    assert samples(metrics)["stet_kernel_fallback_total{op=linear}"] == 3
+    assert samples(metrics)["stet_kernel_fallback_total{op=compile}"] == 1
 
 
 def test_every_outcome_exists_from_the_start() -> None:
