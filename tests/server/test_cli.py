@@ -246,7 +246,8 @@ def test_log_lines_are_json_and_hold_no_prompt(tmp_path: Path) -> None:
         assert marker not in server.stderr
         assert "forged" not in server.stderr
         requests = [line for line in lines if line["event"] == "request"]
-        assert [line["status"] for line in requests] == [200, 200, 400, 400, 400, 400, 400, 200, 404, 400]
+        # In any order: a stream's line is written when its last bytes are sent, while the next request may be answered.
+        assert sorted(line["status"] for line in requests) == sorted([200, 200, 200, 404, *[400] * 6])
         for line in requests:
             assert set(line) >= {"time", "level", "request", "method", "route", "status", "ms"}
         assert requests[0]["finish_reasons"] == ["length"]
