@@ -1,0 +1,148 @@
+"""The official `openai` client, unmodified, against a real server with the embedded model."""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Iterator
+
+import openai
+import pytest
+
+from loadtests.processes import RunningServer
+from tests.end_to_end.client import metrics
+
+MODEL = "stet-tales"
+TALE = [{"role": "user", "content": "Tell me a story about a fox."}]
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
+        yield client
+
+
+def test_models(client: openai.OpenAI) -> None:
+    (model,) = client.models.list()
+    assert (model.id, model.object) == (MODEL, "model")
+    assert client.models.retrieve(MODEL) == model
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt-4")
+    assert caught.value.code == "model_not_found"
+
+
+def test_chat(client: openai.OpenAI) -> None:
+    def ask() -> openai.types.chat.ChatCompletion:
+        return client.chat.completions.create(model=MODEL, messages=TALE, max_completion_tokens=40, seed=5)  # type: ignore[arg-type]
+
+    answer = ask()
+    (choice,) = answer.choices
+    assert choice.message.role == "assistant"
+    assert choice.message.content
+    assert len(choice.message.content.split()) > 15
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    assert re.fullmatch(r"fp_\w{12}", answer.system_fingerprint or "")
+    assert answer.id.startswith("chatcmpl-")
+    again = ask()
+    assert again.choices == answer.choices
+    assert again.system_fingerprint == answer.system_fingerprint
+    # An answer may be sent back as it came.
+    follow_up = [*TALE, choice.message, {"role": "user", "content": "And then?"}]
+    reply = client.chat.completions.create(model=MODEL, messages=follow_up, max_tokens=5)  # type: ignore[arg-type]
+    assert reply.choices[0].finish_reason in ("length", "stop")
+
+
+def test_chat_stream_with_choices_and_usage(client: openai.OpenAI) -> None:
+    options = {"model": MODEL, "messages": TALE, "max_completion_tokens": 30, "seed": 5, "n": 2, "temperature": 1.0}
+    whole = client.chat.completions.create(**options)  # type: ignore[call-overload]
+    assert len({choice.message.content for choice in whole.choices}) == 2
+    texts, roles, ends, usage = ["", ""], ["", ""], ["", ""], None
+    stream = client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options)  # type: ignore[call-overload]
+    for chunk in stream:
+        for choice in chunk.choices:
+            roles[choice.index] += choice.delta.role or ""
+            texts[choice.index] += choice.delta.content or ""
+            ends[choice.index] += choice.finish_reason or ""
+        usage = chunk.usage or usage
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert roles == ["assistant", "assistant"]
+    assert ends == [choice.finish_reason for choice in whole.choices]
+    assert usage is not None
+    assert usage.completion_tokens == whole.usage.completion_tokens
+    # One prompt, two choices.
+    assert usage.prompt_tokens == whole.usage.prompt_tokens < 40
+    first = client.chat.completions.create(**options | {"n": 1})  # type: ignore[call-overload]
+    assert first.choices[0].message.content == texts[0]
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    prompts = ["Once upon a time", "The fox"]
+    extra = {"top_k": 20, "return_token_ids": True}
+    answer = client.completions.create(model=MODEL, prompt=prompts, max_tokens=10, n=2, seed=1, extra_body=extra)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert all(len(choice.token_ids) <= 10 for choice in answer.choices)  # type: ignore[attr-defined]
+    stream = client.completions.create(
+        model=MODEL, prompt=prompts, max_tokens=10, n=2, seed=1, stream=True, extra_body={"top_k": 20}
+    )
+    texts = [""] * 4
+    for chunk in stream:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in answer.choices]
+    alone = client.completions.create(model=MODEL, prompt=prompts[1], max_tokens=10, seed=1, extra_body={"top_k": 20})
+    assert alone.choices[0].text == texts[2]
+    plain = client.completions.create(model=MODEL, prompt=prompts[0], max_tokens=30, temperature=0)
+    piece = plain.choices[0].text[12:15]
+    cut = client.completions.create(model=MODEL, prompt=prompts[0], max_tokens=30, temperature=0, stop=[piece])
+    assert cut.choices[0].finish_reason == "stop"
+    assert cut.choices[0].text == plain.choices[0].text.split(piece)[0]
+
+
+def test_errors_have_their_classes(client: openai.OpenAI, server: RunningServer) -> None:
+    create = client.chat.completions.create
+    with pytest.raises(openai.BadRequestError) as bad:
+        create(model=MODEL, messages=TALE, temperature=3)  # type: ignore[call-overload]
+    assert (bad.value.param, bad.value.code, bad.value.type) == (
+        "temperature",
+        "invalid_request",
+        "invalid_request_error",
+    )
+    with pytest.raises(openai.BadRequestError) as long:
+        create(model=MODEL, messages=TALE, max_tokens=10**6)  # type: ignore[call-overload]
+    assert long.value.param == "max_tokens"
+    with pytest.raises(openai.NotFoundError):
+        create(model="gpt-4", messages=TALE)  # type: ignore[call-overload]
+    began = time.monotonic()
+    with pytest.raises(openai.InternalServerError) as unsupported:
+        client.with_options(max_retries=3).completions.create(model=MODEL, prompt="x", logprobs=3)
+    assert (unsupported.value.status_code, unsupported.value.param) == (501, "logprobs")
+    assert time.monotonic() - began < 0.4, "it was tried again"
+    closed = openai.OpenAI(base_url=f"http://127.0.0.1:{free()}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.APIConnectionError):
+        closed.models.list()
+    closed.close()
+
+
+def free() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def test_closing_a_stream_frees_the_engine(client: openai.OpenAI, server: RunningServer) -> None:
+    stream = client.completions.create(
+        model=MODEL, prompt=["x", "y"], max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        samples = metrics(server)
+        if samples["stet_requests_running"] + samples["stet_requests_waiting"] == 0:
+            break
+        time.sleep(0.02)
+    samples = metrics(server)
+    assert samples["stet_requests_running"] + samples["stet_requests_waiting"] == 0
+    assert samples['stet_requests_total{endpoint="/v1/completions",outcome="cancelled"}'] == 2
+    assert samples['stet_kv_cache_blocks{state="used"}'] == 0
