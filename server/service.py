@@ -360,8 +360,11 @@ class Service:
         began = self._clock()
         try:
             requests = await self._check_together(requests)
-        except Refusal as refusal:
-            self._count(endpoint, refusal.code, None, self._clock() - began, self._clock())
+        except BaseException as error:
+            outcome: str = error.code if isinstance(error, Refusal) else "internal"
+            if isinstance(error, asyncio.CancelledError):
+                outcome = FinishReason.CANCELLED.value
+            self._count(endpoint, outcome, None, self._clock() - began, self._clock())
             raise
         queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(4 * len(requests))
 
@@ -404,7 +407,7 @@ class Service:
         checked: list[GenerationRequest] = []
         for position, request in enumerate(requests):
             try:
-                prompt = await self.tokenize(request)
+                prompt = await self._prompt_ids(text, request)
                 self._resolve(request, ready, text, prompt)
             except Refusal as refusal:
                 names = {name: f"{name}[{position}]" for name in ("prompt", "prompt_token_ids")}

@@ -62,13 +62,15 @@ def check(kind: type[Body], sent: Mapping[str, Any], words: Words) -> Checked[Bo
     return Checked(kind.model_validate({name: value for name, value in known.items() if name not in wrong}), problems)
 
 
-def unknown_names(sent: Mapping[str, Any], known: Sequence[str]) -> list[Problem]:
-    """A problem for each name that is no parameter, with the nearest that is."""
+def unknown_names(
+    sent: Mapping[str, Any], known: Sequence[str], elsewhere: Mapping[str, str] | None = None
+) -> list[Problem]:
+    """A problem for each name that is no parameter, with the nearest that is; `elsewhere`: other dialects' names."""
     problems: list[Problem] = []
     names = set(known)
     for name in [name for name in sent if name not in names][:_MAX_UNKNOWN]:
         shown = short(name)
-        nearest = _nearest(name, list(known))
+        nearest = (elsewhere or {}).get(name) or _nearest(name, list(known))
         hint = f" Did you mean {nearest}?" if nearest else ""
         problems.append(Problem(shown, f"{shown} is not a parameter.{hint}", allowed=nearest))
     return problems

@@ -53,7 +53,9 @@ async def _read(
     parsed = await asyncio.to_thread(parse, sent) if is_large(sent) else parse(sent)
     found: list[Problem] = []
     for position, wanted in enumerate(parsed.requests):
-        for problem in service.problems(wanted):
+        # The prompts share all that is not a prompt: it is checked with the first.
+        asked = wanted if position == 0 else GenerationRequest(prompt_token_ids=wanted.prompt_token_ids)
+        for problem in service.problems(asked):
             if problem.param == "prompt_token_ids" and len(parsed.requests) > 1:
                 problem = dataclasses.replace(problem, param=f"prompt_token_ids[{position}]")
             found = merge(found, [parsed.respell(problem)])

@@ -20,6 +20,7 @@ from server.http import schemas as native
 from server.http.fields import Words, check, must_be, not_yet, parameter, unknown_names
 
 MAX_PROMPTS = 64
+MAX_SHARED_BIAS = 1024
 
 # Parameters of /generate that are taken over as they are; the second group is not OpenAI's.
 SHARED = (
@@ -29,6 +30,7 @@ SHARED = (
 )
 COMPLETION_SHARED = (*SHARED, "add_special_tokens")
 
+_NATIVE_NAMES = {"max_new_tokens": "max_tokens", "prompt_token_ids": "prompt", "min_tokens": "min_new_tokens"}
 _TEXT = "a string, or a list of text parts"
 _TOKEN_LIMIT = "an integer from 1 to the context length − the prompt"
 
@@ -179,7 +181,7 @@ def parse_chat(body: Mapping[str, Any]) -> ParsedCall:
     messages, unsupported = plain_messages(body.get("messages"))
     checked = check(ChatBody, {**body, "messages": messages}, WORDS)
     valid = checked.valid
-    own = unknown_names(body, known) + checked.problems + _check_stream_options(valid, body)
+    own = unknown_names(body, known, _NATIVE_NAMES) + checked.problems + _check_stream_options(valid, body)
     if body.get("messages") is None:
         own.append(Problem("messages", "messages is missing.", None, "one or more messages"))
     limit, name = valid.max_completion_tokens, "max_completion_tokens"
@@ -207,12 +209,16 @@ def parse_completion(body: Mapping[str, Any]) -> ParsedCall:
     known = (*CompletionBody.model_fields, *COMPLETION_SHARED, *COMPLETION_UNSUPPORTED)
     checked = check(CompletionBody, body, WORDS)
     valid = checked.valid
-    own = unknown_names(body, known) + checked.problems + _check_stream_options(valid, body)
+    own = unknown_names(body, known, _NATIVE_NAMES) + checked.problems + _check_stream_options(valid, body)
     prompts, problem = _prompts(body.get("prompt"))
     if problem is not None:
         own.append(problem)
     respell = _respeller({"max_new_tokens": "max_tokens", "prompt_token_ids": "prompt"})
     parsed = native.parse_parameters(_shared(body, COMPLETION_SHARED, valid.max_tokens))
+    if len(prompts) > 1 and len(parsed.request.logit_bias) > MAX_SHARED_BIAS:
+        # Every prompt carries it to the engine: one body would be a second of work otherwise.
+        allowed = f"an object of up to {MAX_SHARED_BIAS} token ids when there are several prompts"
+        own.append(must_be("logit_bias", body["logit_bias"], allowed))
     return ParsedCall(
         [dataclasses.replace(parsed.request, **prompt) for prompt in prompts],
         parsed.stream,

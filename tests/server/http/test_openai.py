@@ -249,12 +249,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"prompt": [[5], []]}, "prompt[1]"),
     (COMPLETIONS, {"prompt": [[5], [6, 2**31]]}, "prompt[1][1]"),
     (COMPLETIONS, {"prompt": [[5], "x"]}, "prompt[1]"),
+    (COMPLETIONS, {"prompt": ["x", "y"], "logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias"),
     (COMPLETIONS, {"messages": MESSAGES}, "messages"),
     (COMPLETIONS, {"max_completion_tokens": 5}, "max_completion_tokens"),
 ]
 
 
-@pytest.mark.parametrize(("path", "sent", "param"), REFUSED, ids=str)
+@pytest.mark.parametrize(("path", "sent", "param"), REFUSED, ids=lambda value: str(value)[:40])
 def test_refused(client: httpx.Client, server: ServerThread, path: str, sent: dict[str, Any], param: str) -> None:
     answer = client.post(path, json=BODIES[path] | sent)
     assert answer.status_code == 400, answer.text
@@ -264,6 +265,11 @@ def test_refused(client: httpx.Client, server: ServerThread, path: str, sent: di
     assert param in error["message"]
     assert len(error["details"]) == 1
     assert server.service.seen == []
+
+
+def test_a_native_name_is_answered_with_the_one_of_this_route(client: httpx.Client) -> None:
+    error = client.post(COMPLETIONS, json={"prompt": "x", "max_new_tokens": 5}).json()["error"]
+    assert error["message"].endswith("Did you mean max_tokens?")
 
 
 IDLE = {CHAT: CHAT_UNSUPPORTED, COMPLETIONS: COMPLETION_UNSUPPORTED}
