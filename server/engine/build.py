@@ -144,7 +144,11 @@ def start_core(
         allowed = min(measured.mixed_step_tokens(block_size), config.max_tokens_per_step)
         scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed)
     device.started()
-    return EngineCore(runner, Scheduler(scheduler_config), on_step_start=on_step_start), kv_plan
+    core = EngineCore(runner, Scheduler(scheduler_config), on_step_start=on_step_start)
+    # So that the first steps are not taken for hung on a device where they are long.
+    core.cost.observe(1, measured.decode_seconds)
+    core.cost.observe(measured.prefill_tokens, measured.prefill_seconds)
+    return core, kv_plan
 
 
 def quantization_mode(name: str) -> QuantizationMode:

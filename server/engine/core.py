@@ -90,7 +90,7 @@ class EngineCore:
         self._runner = runner
         self._clock = clock
         self._on_step_start = on_step_start
-        self._cost = StepCost()
+        self.cost = StepCost()
         self._timelines: dict[int, Timeline] = {}
         self._flights: deque[_Flight] = deque()  # oldest first, as in the scheduler
         self._last_end = -math.inf
@@ -147,7 +147,7 @@ class EngineCore:
         plans = [flight.plan for flight in self._flights]
         if plan is not None:
             plans.append(plan)
-        self._on_step_start(plans[0].step_id, sum(self._cost.predict(each.num_tokens) for each in plans))
+        self._on_step_start(plans[0].step_id, sum(self.cost.predict(each.num_tokens) for each in plans))
 
     def _launch(self, plan: StepPlan) -> _Flight:
         started = self._clock()
@@ -198,7 +198,7 @@ class EngineCore:
         # The device begins a step when it is launched, or when the one before it is over.
         started = max(flight.launched, self._last_end)
         self._last_end = ended
-        self._cost.observe(flight.plan.num_tokens, ended - started)
+        self.cost.observe(flight.plan.num_tokens, ended - started)
         return self._update(flight.plan, result, started, ended)
 
     def _update(self, plan: StepPlan, result: StepResult, started: float, ended: float) -> StepOutcome:

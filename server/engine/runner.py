@@ -34,13 +34,20 @@ class Runner:
     """
 
     def __init__(
-        self, model: DecoderModel, ops: Ops, num_blocks: int, block_size: int, eos_token_ids: Sequence[int]
+        self,
+        model: DecoderModel,
+        ops: Ops,
+        num_blocks: int,
+        block_size: int,
+        eos_token_ids: Sequence[int],
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
+        """kv_dtype: of the KV cache; None: that of the ops."""
         self.model = model
         self.ops = ops
         self._block_size = block_size
         self._eos_token_ids = tuple(eos_token_ids)
-        specs = model.kv_cache_specs(block_size, ops.dtype)
+        specs = model.kv_cache_specs(block_size, kv_dtype or ops.dtype)
         self._kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
 
     def launch(self, plan: StepPlan) -> FinishedStep:
