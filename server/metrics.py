@@ -32,10 +32,11 @@ _TOKEN_LATENCY_BUCKETS = (
 _TOKEN_COUNT_BUCKETS = tuple(float(2**power) for power in range(18))
 
 # The label sets are fixed: a client cannot make new series by inventing routes or methods.
-ENDPOINTS = ("/generate",)
+ENDPOINTS = ("/generate", "/v1/completions", "/v1/chat/completions")
 FINISHED = ("stop", "length", "cancelled", "deadline", "error")
 REFUSED = (
     "invalid_request",
+    "model_not_found",
     "context_length_exceeded",
     "timeout",
     "too_large",
