@@ -115,10 +115,10 @@ def test_places_are_for_all_choices_or_none(tmp_path: Path) -> None:
                 answer = ask(server, COMPLETIONS, **sent)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
                 assert int(answer.headers["retry-after"]) >= 1
-            assert server.metric("stet_requests_running") + server.metric("stet_requests_waiting") == 3
+            wait_for(lambda: server.metric("stet_requests_running") + server.metric("stet_requests_waiting") == 3, 3)
         # The reader has left: the engine drops all three.
         wait_for(lambda: server.metric("stet_requests_running") + server.metric("stet_requests_waiting") == 0, 3)
-        assert server.metric(f'stet_requests_total{{endpoint="{COMPLETIONS}",outcome="cancelled"}}') == 3
+        wait_for(lambda: server.metric(f'stet_requests_total{{endpoint="{COMPLETIONS}",outcome="cancelled"}}') == 3, 3)
         assert server.metric(f'stet_requests_total{{endpoint="{COMPLETIONS}",outcome="queue_full"}}') == 2
         assert ask(server, COMPLETIONS, prompt=["x", "y"], n=2, max_tokens=2).status_code == 200
 
