@@ -69,7 +69,8 @@ class Compiled:
     matrix                  the tensor-core instructions, such as "wgmma m64n16k16", sorted; empty if there is none
     tma                     whether tiles come through the tensor memory accelerator
     same_order              that of the variant
-    order                   how floats lie in threads where they are reduced, which decides the order of the sum
+    order                   how floats lie in threads where they are reduced, and in matrix products, which decides the
+                            order of the sum
     problems                what breaks this project's rules for kernels, in words; empty if all is well
     """
 
@@ -181,11 +182,12 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _reduction_orders(ttgir: str) -> tuple[str, ...]:
-    """The layout of every float tensor that is reduced, sorted.
+    """The layout of every float tensor that is reduced, and of the results of matrix products, sorted.
 
-    Warps that lie along other dimensions than the reduced one only take other rows: their number is left out.
+    Warps that lie along other dimensions than the reduced one only take other rows: their number is left out; of a
+    product, that of the warps along its rows.
     """
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\S*<\{.*\}>)$", ttgir, re.MULTILINE))
+    layouts = dict(re.findall(r"^(#\w+) = (#ttn?g\.\w+<.*>)$", ttgir, re.MULTILINE))
     reductions = re.finditer(
         r'"tt\.reduce"\(.*?<\{axis = (\d+) : i32\}>.*?\}\) : \(tensor<([\dx]+)xf32, (#\w+)>\)', ttgir, re.DOTALL
     )
@@ -193,14 +195,21 @@ def _reduction_orders(ttgir: str) -> tuple[str, ...]:
     for axis, shape, alias in (match.groups() for match in reductions):
         lengths = shape.split("x")
         lengths = [length if index == int(axis) else "*" for index, length in enumerate(lengths)]
-
-        def forget_other_warps(match: re.Match[str], axis: str = axis) -> str:
-            counts = match[1].split(", ")
-            return f"warpsPerCTA = [{', '.join(c if i == int(axis) else '*' for i, c in enumerate(counts))}]"
-
-        layout = re.sub(r"warpsPerCTA = \[([^\]]*)\]", forget_other_warps, layouts[alias])
+        layout = _without_other_warps(layouts[alias], int(axis))
         found.add(f"axis {axis} of [{', '.join(lengths)}] in {layout}")
+    products = ("#ttg.nvidia_mma<", "#ttng.tensor_memory_encoding<")
+    found |= {_without_other_warps(layout, 1) for layout in layouts.values() if layout.startswith(products)}
     return tuple(sorted(found))
+
+
+def _without_other_warps(layout: str, axis: int) -> str:
+    """The layout with * for the number of warps along other dimensions than `axis`."""
+
+    def hide(match: re.Match[str]) -> str:
+        counts = match[1].split(", ")
+        return f"warpsPerCTA = [{', '.join(c if i == axis else '*' for i, c in enumerate(counts))}]"
+
+    return re.sub(r"warpsPerCTA = \[([^\]]*)\]", hide, layout)
 
 
 def _matrix_instructions(ptx: str) -> tuple[str, ...]:

@@ -5,11 +5,9 @@ for steps in which every sequence has one new token, at the same addresses every
 them; only tokens, lengths and changes of block tables are uploaded, and one kernel in the graph derives the rest.
 
 Attention reads the keys of a sequence in splits of SPLIT tokens. In decode an item of work is one split of one
-sequence, or a
-whole sequence: where it has no more than one split, and where there are so many splits that there is work for every
-multiprocessor anyway. An item is packed as sequence + 65536 * code, with code 0 for the whole sequence and split + 1
-for
-one split. The result has the same bits either way (`kernels.cuda.attention`).
+sequence, or a whole sequence: where it has no more than one split, and where there are so many splits that there is
+work for every multiprocessor anyway. An item is packed as sequence + 65536 * code, with code 0 for the whole sequence
+and split + 1 for one split. The result has the same bits either way (`kernels.cuda.attention`).
 """
 
 from __future__ import annotations
@@ -30,16 +28,14 @@ from kernels.ops import AttentionMetadata
 
 SPLIT = 256
 """Tokens of a KV split, at absolute multiples of it. At batch 1 and 4k tokens of context, 8 KV heads make 128 items:
-one
-for each multiprocessor of an H200. The float32 partial result of a split is then 3 % of the K and V that it stands for
-(4 query heads a KV head, bfloat16); half the size would double that, twice the size would leave half the processors
-idle.
+one for each multiprocessor of an H200. The float32 partial result of a split is then 3 % of the K and V that it stands
+for (4 query heads a KV head, bfloat16); half the size would double that, twice the size would leave half the
+processors idle.
 """
 
 MAX_WORK = 16_384
 """Most work items of a step, which bounds the memory of partial results (16 KB each for 32 heads of 128). Beyond it,
-that
-is above 4 million tokens of context, whole sequences are the items."""
+that is above 4 million tokens of context, whole sequences are the items."""
 
 MAX_SEQUENCES = 65_535
 _SPLIT = tl.constexpr(SPLIT)
@@ -50,8 +46,7 @@ class CudaPlan:
     """One step, S sequences and T tokens, padding included. Tensors are int32 on the device.
 
     query_starts  [S + 1]: where the tokens of each sequence begin
-    seq_lens      [S]: tokens of each sequence, new ones included; 0 for a padding row, which has one token of no
-    meaning
+    seq_lens      [S]: tokens of each sequence, new ones included; 0 for padding, a row with one token of no meaning
     block_tables  [rows, columns]: ids of blocks; table_rows [S]: the row of each sequence
     positions     [T]: index of each token in its sequence
     slots         [T]: where its K and V go, block * block_size + offset; -1: nowhere
@@ -79,8 +74,7 @@ class CudaPlan:
 
 
 def make_plan(metadata: AttentionMetadata, upload: Upload) -> CudaPlan:
-    """Put the plan of a checked `metadata` (kernels.checks) into `upload`; it is valid once the caller has sent
-    that."""
+    """Put the plan of a checked `metadata` (kernels.checks) into `upload`; valid once the caller has sent that."""
     block_size, sequences = metadata.block_size, len(metadata.query_lens)
     if sequences > MAX_SEQUENCES:
         raise ValueError(f"metadata.query_lens has {sequences} sequences; at most {MAX_SEQUENCES} fit a step")
@@ -136,8 +130,7 @@ class DecodeBatch:
 
     A step: `stage` and `send` of the upload, `apply_updates`, then `prepare`, the model's forward on `token_ids` and
     `plan(bucket)`; from `prepare` on everything may be in a CUDA graph. Afterwards the caller copies the drawn tokens
-    to
-    `sampled`, from which the next step can take its inputs without knowing them on the host.
+    to `sampled`, from which the next step can take its inputs without knowing them on the host.
 
     token_ids     int64 [max_rows]: the model's input, written by `prepare`
     sampled       int64 [max_rows]: tokens drawn by the step before, in the order of its sampled rows

