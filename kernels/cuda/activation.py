@@ -45,18 +45,18 @@ def _product(gate, up, GELU: tl.constexpr):
 def _gated(
     gate_up_ptr,  # [T, 2 * I]
     out_ptr,  # [T, I]
-    length,
+    LENGTH,
     GELU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A piece of one row. Rows are the grid's first axis, which may be long."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < length
-    gate_ptr = gate_up_ptr + row * 2 * length
+    inside = column < LENGTH
+    gate_ptr = gate_up_ptr + row * 2 * LENGTH
     gate = tl.load(gate_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptr + length + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * length + column, round_to(_product(gate, up, GELU), out_ptr.dtype.element_ty), mask=inside)
+    up = tl.load(gate_ptr + LENGTH + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * LENGTH + column, round_to(_product(gate, up, GELU), out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -138,9 +138,9 @@ def variants(capability: int) -> list[Variant]:
         Variant(
             f"{'gelu' if gelu else 'silu'} bf16",
             _gated,
-            signature={**pointers, "length": "i32"},
+            signature={**pointers, "LENGTH": "i32"},
             constants={"GELU": gelu, "BLOCK": BLOCK},
-            aligned=frozenset([*pointers, "length"]),
+            aligned=frozenset([*pointers, "LENGTH"]),
             num_warps=NUM_WARPS,
         )
         for gelu in (False, True)

@@ -2,7 +2,7 @@
 
 One reduction order whatever the number of rows. On a GPU the instruction that multiplies small tiles is not the one
 that multiplies large tiles, and the two may round differently; so the operands are swapped: the weight is the first
-operand, 64 or 128 output features wide, and the rows are the second, 8 to 256 wide. That is one family of instructions
+operand, 64 or 128 output features wide, and the rows are the second, 16 to 256 wide. That is one family of instructions
 for every number of rows (`wgmma` on compute capability 9.0), and each element of the output is one chain of sums along
 K.
 
@@ -333,7 +333,6 @@ def variants(capability: int) -> list[Variant]:
     small, middle, wide = (1024, 3072), (4096, 4096), (28672, 4096)  # [N, K]: many segments, some, one
     calls: list[tuple[QuantizationMode, tuple[int, int], int]] = [
         ("none", middle, 1),
-        ("none", middle, 16),
         ("none", middle, 32),
         ("none", middle, 64),
         ("none", wide, 1),

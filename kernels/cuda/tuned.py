@@ -13,8 +13,9 @@ import torch
 
 from kernels.ops import QuantizationMode
 
-ROW_BUCKETS = (8, 16, 32, 64)
-"""Widths of the tiles for few rows."""
+ROW_BUCKETS = (16, 32, 64)
+"""Widths of the tiles for few rows. Not 8: some versions of Triton (3.6 is one) take another family of instructions for
+it, and the families may round differently."""
 
 MIN_SEGMENT = 256
 MAX_SEGMENTS = 8
