@@ -15,10 +15,12 @@ import triton
 
 from kernels.cuda.common import device_type
 from kernels.cuda.ops import CudaOps
+from kernels.ops import KVCacheSpec
 from models.config import ModelConfig
 from models.layers import DecoderModel
 from server.engine.config import EngineConfig
 from server.engine.cuda_runner import CudaRunner, decode_buckets
+from server.engine.invariance import rows_agree
 from server.engine.memory import (
     GpuUse,
     KVCachePlan,
@@ -43,6 +45,7 @@ class CudaDevice:
         self.warmup_tokens = 256 if self._on_gpu else 4  # the interpreter takes a second for a few
         self._weight_bytes = self._peak_bytes = self._graph_bytes = 0
         self._base_bytes = self._allocated()
+        self._specs: list[KVCacheSpec] = []
 
     def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:
         """MemorySettingError if the weights cannot fit into what is free."""
@@ -67,7 +70,7 @@ class CudaDevice:
                 eos_token_ids=model.config.eos_token_ids,
             )
 
-        specs = model.kv_cache_specs(block_size, kv_dtype)
+        specs = self._specs = model.kv_cache_specs(block_size, kv_dtype)
         max_positions = model.config.max_position_embeddings
         self._weight_bytes = model.weight_bytes
         if not self._on_gpu:
@@ -101,6 +104,13 @@ class CudaDevice:
         if not self._on_gpu:
             return  # interpreted kernels are never compiled, and a warm-up of all buckets would take minutes
         runner.compile_kernels(report)
+        if self.ops.deterministic and not rows_agree(runner.model, self.ops, self._specs):
+            self.ops.fallbacks["row_invariance"] += 1
+            logger.error(
+                "a row's bits depend on the rows beside it: tokens may vary with the batch on this GPU with Triton %s. "
+                "Please report it with the content of /info",
+                triton.__version__,
+            )
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
         runner.capture_graphs(report)
