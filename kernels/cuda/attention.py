@@ -16,7 +16,9 @@ Decode pads its rows to 64: with 4 heads a group 15 rows of 16 are of no use. A 
 bfloat16 takes a multiprocessor of an H200 about 1,700 cycles to read at its share of the bandwidth; the 4,096 exp2 of
 the padded tile take 256 of the 16 a cycle, its products 512 at half rate. Memory-bound work can afford that.
 
-A mask of a row's own sequence is by position alone; memory beyond a sequence is not read.
+A mask of a row's own sequence is by position alone; memory beyond a sequence is not read, except by the tensor memory
+accelerator, which brings whole tiles of a page: what lies there beyond the sequence is masked like any other key, and
+its values are set to zero.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.cuda.common import INTERPRETED, TRITON_TYPES, dot, round_to
 from kernels.cuda.compile import Variant
@@ -53,9 +56,13 @@ def paged_attention(
     after it is read. At most 64 query heads a KV head. Rows of padding (length 0) give zeros. Raises ValueError for
     what does not fit.
 
-    Sequences with one token take the decode kernel, longer ones the prefill kernel. Floors: K and V of every sequence
-    read once over bandwidth; 4 * D * Hq operations for each pair of a query and a key that it sees, over peak. Not
-    measured: no GPU was at hand.
+    Sequences with one token take the decode kernel, longer ones the prefill kernel. On compute capability 9 and later
+    that takes tiles of K and V through the tensor memory accelerator, where `_by_descriptor` allows: the same bits.
+    The driver encodes both descriptors in each launch, so the prefill kernel is not meant for CUDA graphs; a graph that
+    captured it would hold copies of them, valid as long as the cache.
+
+    Floors: K and V of every sequence read once over bandwidth; 4 * D * Hq operations for each pair of a query and a key
+    that it sees, over peak. Not measured, on any path: no GPU was at hand.
     """
     spec = cache.spec
     dim, kv_heads = spec.head_dim, spec.num_kv_heads
@@ -79,9 +86,6 @@ def paged_attention(
     inner = 0.0 if softcap is None else 2.0 * scale / softcap * _LOG2_E
     no_scales = output if cache.key_scales is None or cache.value_scales is None else None
     tensors = (
-        query,
-        cache.keys,
-        cache.values,
         cache.key_scales if no_scales is None else no_scales,  # not read where there are none
         cache.value_scales if no_scales is None else no_scales,
         output,
@@ -91,44 +95,52 @@ def paged_attention(
         plan.table_rows,
     )
     strides = (query.stride(0), cache.keys.stride(0), plan.block_tables.shape[1])
-    quantized, softcapped = spec.dtype == torch.int8, softcap is not None
+    quantized, capability = spec.dtype == torch.int8, _capability(query.device)
+    shape = (dim, group, kv_heads, spec.block_size, spec.sliding_window, quantized, softcap is not None, query.dtype)
     if plan.max_query_len > 1:
         rows = plan.num_tokens * group
         # Sequence s begins at tile query_starts[s] * group // ROWS + s, which leaves no tile to two sequences.
         grid = (kv_heads, rows // PREFILL_ROWS + plan.num_sequences)
-        launch = _launch(
-            PREFILL_ROWS,
-            dim,
-            group,
-            kv_heads,
-            spec.block_size,
-            spec.sliding_window,
-            quantized,
-            softcapped,
-            query.dtype,
-            _capability(query.device),
+        launch = _launch(PREFILL_ROWS, *shape, capability)
+        tile = launch["BLOCK_N"]
+        descriptors = None
+        if _by_descriptor(capability, spec.block_size, tile, dim, spec.sliding_window, query.dtype, spec.dtype):
+            descriptors = _descriptors(cache, tile)
+        keys, values = (cache.keys, cache.values) if descriptors is None else descriptors
+        _prefill_kernel[grid](
+            query,
+            keys,
+            values,
+            *tensors,
+            *strides,
+            plan.num_sequences,
+            factor,
+            inner,
+            BY_DESCRIPTOR=descriptors is not None,
+            **launch,
         )
-        _prefill_kernel[grid](*tensors, *strides, plan.num_sequences, factor, inner, **launch)
     if plan.max_work > 0:
         items = plan.max_work
         partials = workspace.take("attention partials", (items, kv_heads, group, dim), torch.float32)
         sums = workspace.take("attention sums", (items, kv_heads, 2, group), torch.float32)
         arrived = workspace.take("attention arrivals", (plan.num_sequences, kv_heads), torch.int32, zeroed=True)
-        launch = _launch(
-            _decode_rows(_capability(query.device)),
-            dim,
-            group,
-            kv_heads,
-            spec.block_size,
-            spec.sliding_window,
-            quantized,
-            softcapped,
-            query.dtype,
-            _capability(query.device),
-        ) | {"GROUP_BLOCK": triton.next_power_of_2(group)}
+        launch = _launch(_decode_rows(capability), *shape, capability)
         programs = min(_programs(query.device), items * kv_heads)
         _decode_kernel[(programs,)](
-            *tensors, plan.work, plan.work_count, partials, sums, arrived, *strides, factor, inner, **launch
+            query,
+            cache.keys,
+            cache.values,
+            *tensors,
+            plan.work,
+            plan.work_count,
+            partials,
+            sums,
+            arrived,
+            *strides,
+            factor,
+            inner,
+            GROUP_BLOCK=triton.next_power_of_2(group),
+            **launch,
         )
     return output
 
@@ -155,6 +167,39 @@ def _decode_rows(capability: int) -> int:
     it spreads the keys of 64 rows over the warps, and on 10 the matrix instruction is another.
     """
     return DECODE_ROWS if capability // 10 == 9 else PREFILL_ROWS
+
+
+def _by_descriptor(
+    capability: int,
+    block_size: int,
+    tile: int,
+    dim: int,
+    window: int | None,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+) -> bool:
+    """Whether prompts read tiles of this many keys through the tensor memory accelerator.
+
+    A tile must lie in one page, and its rows must be whole: head sizes that are no power of two have padding. int8 has
+    to pass through registers on its way to the product, and so have values that are masked, which with a window they
+    all are: pointers serve these as well.
+    """
+    whole = block_size >= tile and dim in (64, 128)
+    return capability >= 90 and whole and window is None and dtype == cache_dtype and dtype.itemsize == 2
+
+
+def _descriptors(cache: CudaKVCache, tile: int) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """Keys and values as [blocks * Hkv * BLOCK_SIZE, DIM], in tiles of so many rows; made once for a cache. None where
+    a descriptor cannot say it: rows apart in memory, or more of them than int32 counts."""
+    found = cache.descriptors.get(tile)
+    if found is None:
+        dim = cache.spec.head_dim
+        rows = cache.keys.numel() // dim
+        if rows >= 1 << 31 or not (cache.keys.is_contiguous() and cache.values.is_contiguous()):
+            return None
+        keys, values = (TensorDescriptor(x, [rows, dim], [dim, 1], [tile, dim]) for x in (cache.keys, cache.values))
+        found = cache.descriptors[tile] = (keys, values)
+    return found
 
 
 @functools.lru_cache
@@ -222,20 +267,24 @@ def _merge(total, total_max, total_sum, part, part_max, part_sum):
 @triton.jit
 def _tile(
     query, acc, largest, total, positions, start, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr,
-    value_scales_ptr, block_stride, factor, inner,
+    value_scales_ptr, of_head, block_stride, factor, inner,
     MASKED: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, QUANTIZED: tl.constexpr, SOFTCAPPED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BY_DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: the keys [start, start + BLOCK_N), of which those from `end` on are not there.
 
     positions: of each row's token, [ROWS, 1] or one for all [1, 1]. MASKED: whether a row may not see all of the keys.
-    Where all rows do, the mask changes no bit.
+    Where all rows do, the mask changes no bit. keys_ptr, values_ptr and the scales begin at the head; BY_DESCRIPTOR:
+    keys_ptr and values_ptr are descriptors of the whole cache, in which the head is `of_head` rows into a block.
     """
     dims = tl.arange(0, DIM_BLOCK)
     offset = tl.arange(0, BLOCK_N)
     keys = start + offset
-    if BLOCK_SIZE >= BLOCK_N:  # all in one block
+    if BY_DESCRIPTOR:
+        tl.static_assert(BLOCK_SIZE >= BLOCK_N and not QUANTIZED)
+        row = tl.load(table_ptr + start // BLOCK_SIZE) * (KV_HEADS * BLOCK_SIZE) + of_head + start % BLOCK_SIZE
+    elif BLOCK_SIZE >= BLOCK_N:  # all in one block
         block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
         base, in_block = block * block_stride, start % BLOCK_SIZE
         keys_ptr += base + in_block * DIM
@@ -250,16 +299,21 @@ def _tile(
         block = tl.load(table_ptr + keys // BLOCK_SIZE).to(tl.int64)
         row = block * block_stride + (keys % BLOCK_SIZE) * DIM
         scale_row = block * (block_stride // DIM) + keys % BLOCK_SIZE
-    k_ptr, v_ptr = keys_ptr + (row[None, :] + dims[:, None]), values_ptr + (row[:, None] + dims[None, :])
-    if MASKED:
-        k = tl.load(k_ptr, mask=(keys[None, :] < end) & (dims[:, None] < DIM), other=0)
-        v = tl.load(v_ptr, mask=(keys[:, None] < end) & (dims[None, :] < DIM), other=0)
-    elif DIM != DIM_BLOCK:
-        k = tl.load(k_ptr, mask=dims[:, None] < DIM, other=0)
-        v = tl.load(v_ptr, mask=dims[None, :] < DIM, other=0)
+    if BY_DESCRIPTOR:
+        k, v = keys_ptr.load([row, 0]).T, values_ptr.load([row, 0])
+        if MASKED:  # beyond the sequence there may be NaN, which a weight of zero would not hide
+            v = tl.where(keys[:, None] < end, v, tl.zeros_like(v))
     else:
-        k = tl.load(k_ptr)
-        v = tl.load(v_ptr)
+        k_ptr, v_ptr = keys_ptr + (row[None, :] + dims[:, None]), values_ptr + (row[:, None] + dims[None, :])
+        if MASKED:
+            k = tl.load(k_ptr, mask=(keys[None, :] < end) & (dims[:, None] < DIM), other=0)
+            v = tl.load(v_ptr, mask=(keys[:, None] < end) & (dims[None, :] < DIM), other=0)
+        elif DIM != DIM_BLOCK:
+            k = tl.load(k_ptr, mask=dims[:, None] < DIM, other=0)
+            v = tl.load(v_ptr, mask=dims[None, :] < DIM, other=0)
+        else:
+            k = tl.load(k_ptr)
+            v = tl.load(v_ptr)
     scores = dot(query, _operand(k, query.dtype), tl.zeros([ROWS, BLOCK_N], tl.float32))
     if QUANTIZED:
         scores *= tl.load(key_scales_ptr + scale_row, mask=keys < end, other=0.0)[None, :]
@@ -324,7 +378,7 @@ def _store_output(output_ptr, rows, mask, acc, total, DIM: tl.constexpr, DIM_BLO
 @triton.jit(do_not_specialize=["table_columns", "num_sequences"])
 def _prefill_kernel(
     query_ptr,  # [T, KV_HEADS * GROUP, DIM]
-    keys_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM], as values
+    keys_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE, DIM], as values; BY_DESCRIPTOR: of tiles of its rows
     values_ptr,
     key_scales_ptr,  # [blocks, KV_HEADS, BLOCK_SIZE], as value_scales
     value_scales_ptr,
@@ -351,6 +405,7 @@ def _prefill_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     TAIL_STAGES: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
 ):
     """Program (h, i): one tile of rows of one sequence and KV head, the last tiles first, since they take longest."""
     head = tl.program_id(0)
@@ -383,8 +438,9 @@ def _prefill_kernel(
         begin = _first_key(context + first_row // GROUP, WINDOW, BLOCK_N)
         table_ptr = tables_ptr + tl.load(table_rows_ptr + sequence).to(tl.int64) * table_columns
         of_head = head * BLOCK_SIZE
-        keys_ptr += of_head * DIM
-        values_ptr += of_head * DIM
+        if not BY_DESCRIPTOR:
+            keys_ptr += of_head * DIM
+            values_ptr += of_head * DIM
         key_scales_ptr += of_head
         value_scales_ptr += of_head
         positions = (context + token)[:, None]
@@ -396,8 +452,9 @@ def _prefill_kernel(
         for start in range(begin, full, BLOCK_N):
             acc, largest, total = _tile(
                 query, acc, largest, total, positions, start, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr,
-                value_scales_ptr, block_stride, factor, inner,
+                value_scales_ptr, of_head, block_stride, factor, inner,
                 False, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+                BY_DESCRIPTOR,
             )  # fmt: skip
             if (start + BLOCK_N) % SPLIT == 0:
                 all_acc, all_largest, all_total = _merge(all_acc, all_largest, all_total, acc, largest, total)
@@ -405,8 +462,9 @@ def _prefill_kernel(
         for start in tl.range(full, end, BLOCK_N, num_stages=TAIL_STAGES):
             acc, largest, total = _tile(
                 query, acc, largest, total, positions, start, end, table_ptr, keys_ptr, values_ptr, key_scales_ptr,
-                value_scales_ptr, block_stride, factor, inner,
+                value_scales_ptr, of_head, block_stride, factor, inner,
                 True, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+                BY_DESCRIPTOR,
             )  # fmt: skip
             if (start + BLOCK_N) % SPLIT == 0:
                 all_acc, all_largest, all_total = _merge(all_acc, all_largest, all_total, acc, largest, total)
@@ -497,16 +555,17 @@ def _decode_kernel(
                     acc, largest, total = _tile(
                         query, acc, largest, total, positions, start, end, table_ptr,
                         keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
-                        key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
+                        key_scales_ptr + of_head, value_scales_ptr + of_head, of_head, block_stride, factor, inner,
                         False, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS,
-                        BLOCK_N,
+                        BLOCK_N, False,
                     )  # fmt: skip
                 for start in tl.range(full, end, BLOCK_N, num_stages=TAIL_STAGES):
                     acc, largest, total = _tile(
                         query, acc, largest, total, positions, start, end, table_ptr,
                         keys_ptr + of_head * DIM, values_ptr + of_head * DIM,
-                        key_scales_ptr + of_head, value_scales_ptr + of_head, block_stride, factor, inner,
-                        True, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS, BLOCK_N,
+                        key_scales_ptr + of_head, value_scales_ptr + of_head, of_head, block_stride, factor, inner,
+                        True, KV_HEADS, GROUP, DIM, DIM_BLOCK, BLOCK_SIZE, WINDOW, QUANTIZED, SOFTCAPPED, ROWS,
+                        BLOCK_N, False,
                     )  # fmt: skip
                 # Through memory (the last-level cache) even where there is one split only: a second way out, from
                 # the tile, makes the compiler spill registers.
@@ -602,8 +661,14 @@ def _variant(
         signature |= {"num_sequences": "i32"}
     rows = _decode_rows(capability) if decode else PREFILL_ROWS
     launch = dict(_launch(rows, dim, group, 8, block_size, window, quantized, softcapped, dtype, capability))
+    tile, cache_dtype = launch["BLOCK_N"], torch.int8 if quantized else dtype
     if decode:
         launch["GROUP_BLOCK"] = triton.next_power_of_2(group)
+    else:
+        launch["BY_DESCRIPTOR"] = _by_descriptor(capability, block_size, tile, dim, window, dtype, cache_dtype)
+        if launch["BY_DESCRIPTOR"]:
+            signature |= dict.fromkeys(("keys_ptr", "values_ptr"), f"tensordesc<{kind}[{tile},{dim}]>")
+            aligned -= {"keys_ptr", "values_ptr"}
     num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
     return Variant(
         name,
@@ -615,7 +680,7 @@ def _variant(
         num_stages=num_stages,
         hot=hot,
         matrix=dtype != torch.float32,
-        same_order=name.removeprefix("decode ").removeprefix("prefill "),
+        same_order=f"d{dim} {cache_kind} {softcapped} {window}",  # whatever the pages, and however they are read
     )
 
 
@@ -637,5 +702,8 @@ def variants(capability: int) -> list[Variant]:
             ),
         ]  # fmt: skip
         if capability == 90:
+            found.append(
+                _variant(capability, f"{kind} d128 bf16 pages of 16", decode, 128, 4, block_size=16, hot=False)
+            )
             found.append(_variant(capability, f"{kind} d256 bf16", decode, 256, 2, hot=False))
     return found

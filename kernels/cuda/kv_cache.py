@@ -8,7 +8,8 @@ The tokens of one head in one block are contiguous, since attention reads them s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import triton
@@ -28,7 +29,10 @@ _HEADS = 8  # of a program: with 128 elements and 64 threads, a thread loads 16 
 
 @dataclass(frozen=True, slots=True)
 class CudaKVCache:
-    """One layer's K and V; the scales are None unless `spec.dtype` is int8."""
+    """One layer's K and V; the scales are None unless `spec.dtype` is int8.
+
+    descriptors: of keys and values in tiles of so many rows, kept by attention for as long as the cache lives.
+    """
 
     spec: KVCacheSpec
     num_blocks: int
@@ -36,6 +40,7 @@ class CudaKVCache:
     values: Tensor
     key_scales: Tensor | None
     value_scales: Tensor | None
+    descriptors: dict[int, tuple[Any, Any]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
 
 def allocate(spec: KVCacheSpec, num_blocks: int, device: torch.device) -> CudaKVCache:

@@ -112,8 +112,8 @@ def test_ragged_mixed_batch_is_that_of_the_reference(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, heads=2, kv_heads=1),
-        Case(dtype=torch.float16, block_size=64, kv_dtype=torch.int8, softcap=4.0, heads=1, kv_heads=1),
+        Case(dtype=torch.bfloat16, block_size=64, kv_dtype=torch.bfloat16, heads=2, kv_heads=1),
+        Case(dtype=torch.float16, kv_dtype=torch.int8, softcap=4.0, heads=1, kv_heads=1),
         Case(block_size=256, window=70, heads=3, kv_heads=1),
     ],
     ids=str,
@@ -148,6 +148,60 @@ def test_prompt_chunks_and_decode_have_the_same_bits(case: Case, monkeypatch: py
     assert torch.equal(short, prompt[-150:])
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(dtype=torch.bfloat16, kv_dtype=torch.bfloat16, block_size=64),
+        Case(dim=128, heads=2, dtype=torch.float16, kv_dtype=torch.float16, block_size=256, softcap=4.0),
+    ],
+    ids=str,
+)
+def test_tiles_by_descriptor_are_those_by_pointer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pages come with their stale end: NaN, which only the mask keeps out. Page 0 and the last one are in use."""
+    cache = case.cache()
+    seq_lens, query_lens = [SPLIT + 70, 64, 30, 5], [90, 64, 9, 2]
+    own = tables(seq_lens, case.block_size)
+    own[1][0], own[2][0], own[3][0] = 0, NUM_BLOCKS - 1, 0
+    own[0] = [block for block in range(5, 25) if block not in own[1]][: len(own[0])]
+    poison(cache, seq_lens, own)
+    metadata = AttentionMetadata(query_lens, seq_lens, own, case.block_size)
+    query = torch.randn(sum(query_lens), case.heads, case.dim, device=DEVICE).to(case.dtype)
+    monkeypatch.setattr(attention, "_by_descriptor", lambda *of_launch: False)
+    pointers = case.run(query, cache, planned(metadata))
+    assert not cache.descriptors
+    assert not pointers.isnan().any()
+    monkeypatch.undo()
+    if attention._capability(DEVICE) < 90:
+        pytest.skip("no tensor memory accelerator here")
+    assert torch.equal(case.run(query, cache, planned(metadata)), pointers)
+    (made,) = cache.descriptors.values()
+    case.run(query[:90], cache, planned(AttentionMetadata([90], seq_lens[:1], own[:1], case.block_size)))
+    assert [*cache.descriptors.values()] == [made], "once for a cache"
+
+
+def test_where_descriptors_serve() -> None:
+    bf16, fp16, int8, fp32 = torch.bfloat16, torch.float16, torch.int8, torch.float32
+    serves = attention._by_descriptor
+    assert serves(90, 64, 64, 128, None, bf16, bf16)
+    assert serves(100, 256, 32, 64, None, fp16, fp16)
+    assert not serves(80, 64, 64, 128, None, bf16, bf16)
+    assert not serves(90, 32, 64, 128, None, bf16, bf16)
+    assert not serves(90, 64, 64, 96, None, bf16, bf16)
+    assert not serves(90, 64, 64, 128, 4096, bf16, bf16)
+    assert not serves(90, 64, 64, 128, None, bf16, int8)
+    assert not serves(90, 64, 32, 128, None, fp32, fp32)
+
+
+def poison(cache: CudaKVCache, seq_lens: list[int], own: list[list[int]]) -> None:
+    """NaN in every slot that no sequence owns."""
+    keep = torch.zeros(cache.num_blocks, cache.spec.block_size, dtype=torch.bool, device=DEVICE)
+    for length, table in zip(seq_lens, own, strict=True):
+        for position in range(length):
+            keep[table[position // cache.spec.block_size], position % cache.spec.block_size] = True
+    for stored in (cache.keys, cache.values):
+        stored.transpose(1, 2)[~keep] = float("nan")
+
+
 def test_what_lies_beyond_a_sequence_is_never_read() -> None:
     """NaN in every slot that the sequences do not own, and block ids in the tables that no cache has."""
     case = Case(dtype=torch.bfloat16, kv_dtype=torch.bfloat16)
@@ -157,12 +211,7 @@ def test_what_lies_beyond_a_sequence_is_never_read() -> None:
     metadata = AttentionMetadata(query_lens, seq_lens, own, case.block_size)
     query = torch.randn(22, case.heads, case.dim, device=DEVICE).to(case.dtype)
     expected = case.run(query, cache, planned(metadata))
-    keep = torch.zeros(NUM_BLOCKS, case.block_size, dtype=torch.bool, device=DEVICE)
-    for length, table in zip(seq_lens, own, strict=True):
-        for position in range(length):
-            keep[table[position // case.block_size], position % case.block_size] = True
-    for stored in (cache.keys, cache.values):
-        stored.transpose(1, 2)[~keep] = float("nan")
+    poison(cache, seq_lens, own)
     plan = planned(metadata)
     padded = torch.full((3, 99), 1 << 30, dtype=torch.int32, device=DEVICE)
     for row, (length, table) in enumerate(zip(seq_lens, own, strict=True)):
