@@ -58,8 +58,8 @@ def paged_attention(
 
     Sequences with one token take the decode kernel, longer ones the prefill kernel. On compute capability 9 and later
     that takes tiles of K and V through the tensor memory accelerator, where `_by_descriptor` allows: the same bits.
-    The driver encodes both descriptors in each launch, so the prefill kernel is not meant for CUDA graphs; a graph that
-    captured it would hold copies of them, valid as long as the cache.
+    Triton encodes both descriptors for the device in each launch and passes them by value, so a graph that captured the
+    prefill kernel would hold copies of them, valid as long as the cache; the engine captures decode only.
 
     Floors: K and V of every sequence read once over bandwidth; 4 * D * Hq operations for each pair of a query and a key
     that it sees, over peak. Not measured, on any path: no GPU was at hand.
@@ -667,7 +667,7 @@ def _variant(
     else:
         launch["BY_DESCRIPTOR"] = _by_descriptor(capability, block_size, tile, dim, window, dtype, cache_dtype)
         if launch["BY_DESCRIPTOR"]:
-            signature |= dict.fromkeys(("keys_ptr", "values_ptr"), f"tensordesc<{kind}[{tile},{dim}]>")
+            signature |= dict.fromkeys(("keys_ptr", "values_ptr"), f"tensordesc<{kind}[{tile}, {dim}]>")
             aligned -= {"keys_ptr", "values_ptr"}
     num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
     return Variant(

@@ -14,7 +14,7 @@ from kernels.cuda import kv_cache as kv_cache_module
 from kernels.cuda.common import device_type
 from kernels.cuda.kv_cache import CudaKVCache
 from kernels.cuda.linear import CudaLinear
-from kernels.cuda.plan import CudaPlan, make_plan
+from kernels.cuda.plan import CudaPlan, check_on_device, make_plan
 from kernels.cuda.upload import Upload
 from kernels.cuda.workspace import Workspace
 from kernels.ops import (
@@ -43,8 +43,9 @@ class CudaOps:
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16, deterministic: bool = True, debug: bool = False) -> None:
         """deterministic: False lets cuBLAS compute unquantized linears, whose bits vary with the number of rows.
-        debug: check on the host, in every call, what the kernels take on trust. Raises ValueError for other dtypes,
-        RuntimeError without a GPU.
+        debug: check on the host, in every call, what the kernels take on trust: that plans stay within the cache and
+        the rotary table. That waits for the device, so calls captured in a CUDA graph are not checked. Raises
+        ValueError for other dtypes, RuntimeError without a GPU.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}; the CUDA backend computes in bfloat16, float16 or float32")
@@ -125,6 +126,9 @@ class CudaOps:
     ) -> Tensor:
         """Normalize (if asked) and rotate in float32, write K and V rounded to the cache's dtype, return the query."""
         cache = self._own_cache(kv_cache, plan)
+        if self._checks_on_device() and int(plan.seq_lens.max()) > rotary.cos.shape[0]:
+            longest = int(plan.seq_lens.max())
+            raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {longest} tokens")
         return kv_cache_module.write_kv(query, key, value, rotary, cache, plan, query_norm, key_norm, eps)
 
     def paged_attention(
@@ -148,6 +152,12 @@ class CudaOps:
             raise ValueError("kv_cache was not allocated by this backend")
         if plan.block_size != cache.spec.block_size:
             raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")
+        if self._checks_on_device():
+            check_on_device(plan, cache.num_blocks)
         if plan.largest_block >= cache.num_blocks:
             raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {cache.num_blocks} blocks")
         return cache
+
+    def _checks_on_device(self) -> bool:
+        """Whether to read back what is on the device: a graph that is being captured does not allow it."""
+        return self.debug and not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing())

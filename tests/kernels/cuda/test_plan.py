@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kernels.cuda.common import device_type
-from kernels.cuda.plan import SPLIT, CudaPlan, DecodeBatch, make_plan, select_tokens
+from kernels.cuda.ops import CudaOps
+from kernels.cuda.plan import SPLIT, CudaPlan, DecodeBatch, check_on_device, make_plan, select_tokens
 from kernels.cuda.upload import Upload
-from kernels.ops import AttentionMetadata
+from kernels.ops import AttentionMetadata, KVCacheSpec, RotaryTable
 
 DEVICE = torch.device(device_type())
 
@@ -103,6 +105,77 @@ def test_too_much_work_is_done_by_whole_sequences(monkeypatch: pytest.MonkeyPatc
     batch.prepare(4)
     assert items(batch.plan(4)) == [(0, -1), (1, -1), (2, -1), (3, -1)]
     assert batch.plan(4).max_work == 6
+
+
+def static(seq_lens: list[int], blocks: list[int]) -> CudaPlan:
+    """A prepared static plan of four rows whose sequences have all of these blocks."""
+    upload = Upload(DEVICE)
+    batch = DecodeBatch(8, 40, 16, DEVICE, upload)
+    rows = len(seq_lens)
+    updates = [(7 - s, column, block) for s in range(rows) for column, block in enumerate(blocks)]
+    batch.stage(4, [1] * rows, [-1] * rows, seq_lens, [7 - s for s in range(rows)], updates)
+    upload.send()
+    batch.apply_updates()
+    batch.prepare(4)
+    return batch.plan(4)
+
+
+def test_check_on_device_names_what_is_wrong() -> None:
+    lengths, blocks = [5, SPLIT + 2, 16], list(range(30))
+    upload = Upload(DEVICE)
+    mixed = make_plan(AttentionMetadata([1, 1, 3], lengths, [blocks] * 3, 16), upload)
+    upload.send()
+    fine = static(lengths, blocks)
+    for plan in (mixed, fine):
+        check_on_device(plan, 17)
+        with pytest.raises(ValueError, match=r"block_tables\[\d\] holds block 16; kv_cache has 16 blocks"):
+            check_on_device(plan, 16)
+    with pytest.raises(ValueError, match=r"block_tables\[6\] holds block 99; kv_cache has 17 blocks"):
+        check_on_device(static([5, 20], [3, 99]), 17)
+    with pytest.raises(ValueError, match=r"block_tables\[7\] holds block -1"):
+        check_on_device(static([5], [-1]), 17)
+
+    def edited(plan: CudaPlan, name: str, index: int, value: int) -> CudaPlan:
+        tensor = getattr(plan, name).clone()
+        tensor[index] = value
+        return replace(plan, **{name: tensor})
+
+    for plan, name, index, value, message in [
+        (fine, "seq_lens", 1, 641, r"seq_lens\[1\] is 641; it has 1 new tokens, block_tables hold 640"),
+        (fine, "seq_lens", 1, -1, r"seq_lens\[1\] is -1"),
+        (mixed, "seq_lens", 2, 2, r"seq_lens\[2\] is 2; it has 3 new tokens"),
+        (fine, "table_rows", 0, 8, r"table_rows\[0\] is 8; block_tables has 8 rows"),
+        (mixed, "query_starts", 1, 0, "query_starts is"),
+        (fine, "positions", 0, 5, r"positions of sequence 0 are \[5\]; seq_lens\[0\] is 5"),
+        (mixed, "slots", 3, 8000, "slots of sequence 2 are"),
+        (fine, "slots", 3, 0, r"slots holds \[0\] for padding row 3"),
+        (fine, "work_count", 0, 1000, "work_count is 1000"),
+        (fine, "work_count", 0, 4, "work holds"),
+        (fine, "work", 1, 1 + 3 * 65536, "work holds"),
+        (mixed, "work", 0, 2, "work holds"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            check_on_device(edited(plan, name, index, value), 17)
+
+
+def test_debug_mode_checks_every_call() -> None:
+    plan = static([5, 20], [3, 99])
+    query, key = torch.zeros(4, 2, 64, device=DEVICE), torch.zeros(4, 1, 64, device=DEVICE)
+    table = RotaryTable(torch.ones(64, 32, device=DEVICE), torch.zeros(64, 32, device=DEVICE))
+    ops = CudaOps(torch.float32, debug=True)
+    cache = ops.allocate_kv_cache(KVCacheSpec(1, 64, 16, torch.float32), 8)
+    for call in (
+        lambda: ops.write_kv(query, key, key, table, cache, plan),
+        lambda: ops.paged_attention(query, cache, plan, 0.125),
+    ):
+        with pytest.raises(ValueError, match=r"block_tables\[6\] holds block 99; kv_cache has 8 blocks"):
+            call()
+    plan = static([5, 20], [3, 7])
+    short = RotaryTable(table.cos[:19], table.sin[:19])
+    with pytest.raises(ValueError, match="rotary has 19 positions; a sequence has 20 tokens"):
+        ops.write_kv(query, key, key, short, cache, plan)
+    rotated = ops.write_kv(query, key, key, table, cache, plan)
+    assert not ops.paged_attention(rotated, cache, plan, 0.125).any()
 
 
 def test_select_tokens() -> None:
