@@ -11,8 +11,15 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 serve: $(VENV)/.serve
 	@exec $(BIN)/stet serve $(ARGS)
 
+# What only computes shares the machine between two workers; what has deadlines of its own then has it to itself.
+COMPUTE := tests/kernels tests/models tests/simulation tests/server/engine
 test: $(VENV)/.dev
+ifeq ($(ARGS),)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(COMPUTE)
+	$(BIN)/python -m pytest $(addprefix --ignore ,$(COMPUTE))
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
