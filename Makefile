@@ -12,7 +12,7 @@ serve: $(VENV)/.serve
 	@exec $(BIN)/stet serve $(ARGS)
 
 # What only computes shares the machine between two workers; what has deadlines of its own then has it to itself.
-COMPUTE := tests/kernels tests/models tests/simulation tests/server/engine
+COMPUTE := tests/kernels tests/models tests/simulation tests/server/engine tests/end_to_end/test_triton.py
 test: $(VENV)/.dev
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(COMPUTE)
