@@ -1,8 +1,33 @@
-"""Checks of a step's metadata that every backend makes, with messages for a person."""
+"""Checks of arguments that every backend makes, with messages for a person."""
 
 from __future__ import annotations
 
-from kernels.ops import AttentionMetadata
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from kernels.ops import AttentionMetadata, QuantizationMode, QuantizedWeight
+
+
+def check_weight(weight: Tensor | QuantizedWeight, bias: Tensor | None, mode: QuantizationMode) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.prepare_linear`."""
+    if mode not in get_args(QuantizationMode):
+        raise ValueError(f"mode is {mode!r}; it must be one of {', '.join(get_args(QuantizationMode))}")
+    shape = tuple(weight.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"weight must be [N, K] and not empty, got {shape}")
+    if isinstance(weight, QuantizedWeight):
+        if mode == "none":
+            raise ValueError("weight is quantized; mode must be 'w8a16' or 'w8a8'")
+        if weight.values.dtype != torch.int8 or weight.scales.dtype != torch.float32:
+            raise ValueError(
+                f"weight must be int8 with float32 scales, got {weight.values.dtype}, {weight.scales.dtype}"
+            )
+        if tuple(weight.scales.shape) != shape[:1]:
+            raise ValueError(f"weight.scales must be [{shape[0]}], got {tuple(weight.scales.shape)}")
+    if bias is not None and tuple(bias.shape) != shape[:1]:
+        raise ValueError(f"bias must be [{shape[0]}] for this weight, got {tuple(bias.shape)}")
 
 
 def check_attention(metadata: AttentionMetadata) -> int:

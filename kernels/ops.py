@@ -1,6 +1,6 @@
 """The contract between a model and a device.
 
-A backend (`ReferenceOps`, `CpuOps`, `CudaOps`) is an object built once. It owns its workspaces and the layout of
+A backend (`ReferenceOps`, `PortableOps`, `CudaOps`) is an object built once. It owns its workspaces and the layout of
 prepared weights and of the KV cache; the model sees only the methods below. Shapes use these letters:
 
     T   tokens in this step, of all sequences, back to back      R   rows to sample
@@ -74,6 +74,27 @@ class LinearWeight(Protocol):
     def in_features(self) -> int:
         """K."""
         ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes as prepared, scales, bias and padding included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight that is int8 already: it is about values * scales[:, None].
+
+    values: int8 [N, K]; scales: float32 [N], one an output feature (`kernels.int8`).
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K)."""
+        return tuple(self.values.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,12 +228,17 @@ class Ops(Protocol):
     each weight, shape or step concerned. Only ever counted up."""
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        mode: QuantizationMode = "none",
+        embedding: bool = False,
     ) -> LinearWeight:
         """Take a weight [N, K] (and bias [N]) in its checkpoint's dtype; return it in this backend's layout.
 
-        "w8a16" and "w8a8" store int8 with one float32 scale an output feature (`kernels.int8`). A mode that the backend
-        does not have raises ValueError.
+        "w8a16" and "w8a8" store int8 with one float32 scale an output feature (`kernels.int8`); a weight that is
+        quantized already is taken as it is, in these modes only. A mode that the backend does not have raises
+        ValueError. embedding: whether `embedding` is to read rows of it (with tied embeddings, besides `linear`).
         """
         ...
 
@@ -224,8 +250,8 @@ class Ops(Protocol):
         """Prepare what `write_kv` and `paged_attention` need in every layer of this step. Call once a step."""
         ...
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> [T, H]."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
+        """token_ids int64 [T], weight [V, H], prepared with `embedding` -> its rows [T, H], dequantized."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.checks import check_attention
+from kernels.checks import check_attention, check_weight
 from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.ops import (
     Activations,
@@ -23,6 +23,7 @@ from kernels.ops import (
     LinearWeight,
     QuantizationMode,
     QuantizedActivations,
+    QuantizedWeight,
     RotaryTable,
     SampleResult,
     SamplingMetadata,
@@ -49,6 +50,11 @@ class ReferenceLinear:
     def in_features(self) -> int:
         """K."""
         return int(self.weight.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight, scales and bias."""
+        return sum(tensor.nbytes for tensor in (self.weight, self.scales, self.bias) if tensor is not None)
 
 
 @dataclass(slots=True)
@@ -100,12 +106,17 @@ class ReferenceOps:
         self.fallbacks: Counter[str] = Counter()
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        mode: QuantizationMode = "none",
+        embedding: bool = False,
     ) -> LinearWeight:
         """Convert to float32, or quantize the weight's rows to int8 (`kernels.int8`)."""
-        if weight.dim() != 2:
-            raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
+        check_weight(weight, bias, mode)
         own_bias = None if bias is None else bias.to(self.dtype)
+        if isinstance(weight, QuantizedWeight):
+            return ReferenceLinear(weight.values, weight.scales, own_bias, mode)
         if mode == "none":
             return ReferenceLinear(weight.to(self.dtype), None, own_bias, mode)
         return ReferenceLinear(*quantize_rows(weight), own_bias, mode)
@@ -126,9 +137,12 @@ class ReferenceOps:
             slots.append(blocks * metadata.block_size + positions % metadata.block_size)
         return ReferencePlan(list(metadata.query_lens), slots, metadata.block_size, largest_block)
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> [T, H]."""
-        return F.embedding(token_ids, weight).to(self.dtype)
+    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
+        if not isinstance(weight, ReferenceLinear):
+            raise ValueError("weight was not made by this backend's prepare_linear")
+        rows = F.embedding(token_ids, weight.weight).to(self.dtype)
+        return rows if weight.scales is None else rows * weight.scales[token_ids, None]
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""

@@ -188,10 +188,10 @@ def take_weights(peer: Any, shape: dict[str, Any], device: Device, mode: Quantiz
     def prepare(linear: Linear, prefix: str) -> None:
         linear.prepare(torch.cat([tensors[f"{prefix}{part}.weight"] for part in linear.parts]))
 
-    model.embedding.slots("e")["e.weight"].fill(tensors["model.embed_tokens.weight"])
     model.norm.slots("n")["n.weight"].fill(tensors["model.norm.weight"])
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    model.head.prepare(tensors[head])
+    prepare(model.table, "")
+    if model.head is not model.table:
+        prepare(model.head, "")
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
         prepare(layer.attention.qkv, f"{prefix}self_attn.")

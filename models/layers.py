@@ -88,30 +88,6 @@ class Norm:
         return self.size * self.ops.dtype.itemsize
 
 
-class Embedding:
-    """A table [V, H] of token vectors, never quantized."""
-
-    def __init__(self, ops: Ops, num_tokens: int, size: int) -> None:
-        self.ops = ops
-        self.shape = (num_tokens, size)
-        self.weight: Tensor
-
-    def slots(self, name: str) -> dict[str, Slot]:
-        """The slot of the table, under the checkpoint name `name`.weight."""
-        return {f"{name}.weight": Slot(self.shape, self._fill)}
-
-    def _fill(self, tensor: Tensor) -> None:
-        self.weight = tensor.to(self.ops.device, self.ops.dtype, copy=True)
-
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """token_ids int64 [T] -> [T, H]."""
-        return self.ops.embedding(token_ids, self.weight)
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape[0] * self.shape[1] * self.ops.dtype.itemsize
-
-
 class Linear:
     """One weight [N, K], which may be several checkpoint tensors stacked along N (`parts`: name -> rows).
 
@@ -120,14 +96,22 @@ class Linear:
     """
 
     def __init__(
-        self, ops: Ops, in_features: int, parts: Mapping[str, int], bias: bool, mode: QuantizationMode
+        self,
+        ops: Ops,
+        in_features: int,
+        parts: Mapping[str, int],
+        bias: bool,
+        mode: QuantizationMode,
+        embedding: bool = False,
     ) -> None:
+        """embedding: whether the weight is a table of token vectors too, read by rows through `ops.embedding`."""
         self.ops = ops
         self.in_features = in_features
         self.out_features = sum(parts.values())
         self.parts = dict(parts)
         self.has_bias = bias
         self.mode = mode
+        self.embedding = embedding
         self.weight: LinearWeight
         self._weight_rows = _Rows((self.out_features, in_features))
         self._bias_rows = _Rows((self.out_features,))
@@ -157,7 +141,7 @@ class Linear:
 
     def prepare(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Take the whole weight [N, K] and bias [N] at once, instead of through the slots."""
-        self.weight = self.ops.prepare_linear(weight, bias, self.mode)
+        self.weight = self.ops.prepare_linear(weight, bias, self.mode, self.embedding)
 
     def __call__(self, x: Activations) -> Tensor:
         """x [T, K] -> [T, N]."""
@@ -170,11 +154,8 @@ class Linear:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as prepared: one a weight and four an output channel for its scale where quantized to int8."""
-        count = self.out_features * self.in_features
-        size = self.ops.dtype.itemsize
-        weight = count * size if self.mode == "none" else count + 4 * self.out_features
-        return weight + (self.out_features * size if self.has_bias else 0)
+        """Bytes as prepared."""
+        return self.weight.nbytes
 
 
 class _Rows:

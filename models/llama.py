@@ -13,25 +13,27 @@ from torch import Tensor
 
 from kernels.ops import AttentionPlan, KVCache, KVCacheSpec, Ops, QuantizationMode, RotaryTable
 from models.config import ModelConfig
-from models.layers import MLP, Attention, Embedding, Linear, Norm, Slot
+from models.layers import MLP, Attention, Linear, Norm, Slot
 from models.rotary import identity_table, rotary_table
 
 
 class Llama:
     """A stack of pre-norm decoder layers. Implements models.layers.DecoderModel.
 
-    Every Linear is prepared in the quantization mode given, the language-model head included (in a small model it is
-    most of the bytes that a decode step reads); embeddings and norms keep `ops.dtype`. With tied embeddings the head is
-    prepared from the embedding's tensor.
+    Every Linear is prepared in the quantization mode given, the table of token vectors and the language-model head
+    included (in a small model the head is most of the bytes that a decode step reads); norms keep `ops.dtype`. With
+    tied embeddings the head is the table.
     """
 
     def __init__(self, config: ModelConfig, ops: Ops, quantization: QuantizationMode = "none") -> None:
         self.config = config
         self.ops = ops
-        self.embedding = Embedding(ops, config.vocab_size, config.hidden_size)
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.table = Linear(ops, hidden, {"model.embed_tokens": vocab}, False, quantization, embedding=True)
         self.layers = [_Layer(config, ops, layer, quantization) for layer in range(config.num_layers)]
         self.norm = Norm(ops, config.hidden_size)
-        self.head = Linear(ops, config.hidden_size, {"lm_head": config.vocab_size}, False, quantization)
+        tied = config.tie_word_embeddings
+        self.head = self.table if tied else Linear(ops, hidden, {"lm_head": vocab}, False, quantization)
         self.num_tokens = config.vocab_size
         rotary = rotary_table(config, ops.device)
         self.rotary_tables = [rotary] * config.num_layers
@@ -50,7 +52,7 @@ class Llama:
         {}mlp.gate_proj, .up_proj                   mlp.gate_up, stacked in this order
         {}mlp.down_proj                             mlp.down
         """
-        slots = self.embedding.slots("model.embed_tokens")
+        slots = self.table.slots("")
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}."
             slots |= layer.attention_norm.slots(f"{prefix}input_layernorm")
@@ -58,17 +60,7 @@ class Llama:
             slots |= layer.mlp_norm.slots(f"{prefix}post_attention_layernorm")
             slots |= layer.mlp.slots(f"{prefix}mlp.")
         slots |= self.norm.slots("model.norm")
-        if not self.config.tie_word_embeddings:
-            return slots | self.head.slots("")
-        table = slots["model.embed_tokens.weight"]
-
-        def fill_table_and_head(tensor: Tensor) -> None:
-            table.fill(tensor)
-            # Unquantized, the backend may let the head share the table's memory; quantized, it starts from what is
-            # stored instead of from what was rounded to ops.dtype.
-            self.head.prepare(self.embedding.weight if self.head.mode == "none" else tensor)
-
-        return slots | {"model.embed_tokens.weight": Slot(table.shape, fill_table_and_head)}
+        return slots if self.head is self.table else slots | self.head.slots("")
 
     def kv_cache_specs(self, block_size: int, dtype: torch.dtype) -> list[KVCacheSpec]:
         """What each layer stores of a token, one specification a layer; `dtype` is that of the cache."""
@@ -81,7 +73,7 @@ class Llama:
     def forward(self, token_ids: Tensor, kv_caches: Sequence[KVCache], plan: AttentionPlan) -> Tensor:
         """token_ids int64 [T] -> hidden states after the last norm, [T, H]; see models.layers.DecoderModel."""
         ops, eps = self.ops, self.config.rms_norm_eps
-        residual = self.embedding(token_ids)
+        residual = ops.embedding(token_ids, self.table.weight)
         first = self.layers[0]
         x = ops.rms_norm(residual, first.attention_norm.weight, eps, first.attention.qkv.quantizes_input)
         # The norm that ends a layer is the one that begins the next: so each is fused with the addition before it.
@@ -116,7 +108,8 @@ class Llama:
         layers = sum(layer.nbytes for layer in self.layers)
         tables: list[RotaryTable] = list({id(table): table for table in self.rotary_tables}.values())
         rotary = sum(table.cos.nbytes + table.sin.nbytes for table in tables)
-        return self.embedding.nbytes + layers + self.norm.nbytes + self.head.nbytes + rotary
+        ends = sum(end.nbytes for end in {self.table, self.head})
+        return ends + layers + self.norm.nbytes + rotary
 
 
 class _Layer:

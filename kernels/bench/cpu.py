@@ -25,8 +25,8 @@ from torch.nn import functional as F
 
 from kernels.bench.peers import stock_sampling
 from kernels.bench.workload import sampling
-from kernels.cpu import CpuOps
 from kernels.ops import AttentionMetadata, KVCacheSpec, RotaryTable
+from kernels.portable import PortableOps
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 768, 12, 4, 64, 2048, 32000
 BLOCK_SIZE, CONTEXT, COPIES = 16, 160, 6
@@ -63,7 +63,7 @@ def rotating(copies: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turn)()
 
 
-def cases(ops: CpuOps) -> Iterator[Case]:
+def cases(ops: PortableOps) -> Iterator[Case]:
     """All operations in all steps."""
     dtype, size = ops.dtype, ops.dtype.itemsize
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -151,7 +151,7 @@ def stock_attention(query: Tensor, sequences: int, context: int) -> list[Callabl
 
 def run(rounds: int = 30, num_threads: int | None = None) -> None:
     """Measure and print."""
-    ops = CpuOps(num_threads)
+    ops = PortableOps(num_threads)
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
     threads = torch.get_num_threads()

@@ -25,13 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import check_weight
 from kernels.cuda import tuned
 from kernels.cuda.common import INTERPRETED, TRITON_TYPES, dot, round_to
 from kernels.cuda.compile import Variant
 from kernels.cuda.tuned import Tile
 from kernels.cuda.workspace import Workspace
 from kernels.int8 import quantize_rows
-from kernels.ops import QuantizationMode, QuantizedActivations
+from kernels.ops import QuantizationMode, QuantizedActivations, QuantizedWeight
 
 MAX_INT8_FEATURES = 131_071
 """The longest row of which 127 * 127 * K fits an int32: 2^31 / 127^2 = 133,144, and the next lower 2^17 - 1."""
@@ -188,25 +189,31 @@ class CudaLinear:
         """K."""
         return int(self.weight.shape[1])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight, scales and bias."""
+        return sum(tensor.nbytes for tensor in (self.weight, self.scales, self.bias) if tensor is not None)
+
 
 def prepare(
-    weight: Tensor, bias: Tensor | None, mode: QuantizationMode, device: torch.device, dtype: torch.dtype
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    mode: QuantizationMode,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> CudaLinear:
     """Move a weight [N, K] to the device, in `dtype` or quantized there.
 
     A weight that is there already, in `dtype` and contiguous, is shared (tied embeddings are stored once). Raises
     ValueError for another shape, an unknown mode, and for w8a8 with more than 131,071 input features.
     """
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must be [N, K] and not empty, got {tuple(weight.shape)}")
-    if mode not in ("none", "w8a16", "w8a8"):
-        raise ValueError(f"mode is {mode!r}; the CUDA backend has 'none', 'w8a16' and 'w8a8'")
+    check_weight(weight, bias, mode)
     n, k = weight.shape
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be [{n}], got {tuple(bias.shape)}")
     if mode == "w8a8" and k > MAX_INT8_FEATURES:
         raise ValueError(f"weight has {k} input features; the int32 sums of w8a8 hold up to {MAX_INT8_FEATURES}")
     own_bias = None if bias is None else bias.to(device, dtype).contiguous()
+    if isinstance(weight, QuantizedWeight):
+        return CudaLinear(weight.values.to(device).contiguous(), weight.scales.to(device), own_bias, mode, dtype)
     if mode == "none":
         return CudaLinear(weight.to(device, dtype).contiguous(), None, own_bias, mode, dtype)
     quantized = torch.empty((n, k), dtype=torch.int8, device=device)

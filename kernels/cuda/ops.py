@@ -25,6 +25,7 @@ from kernels.ops import (
     LinearWeight,
     QuantizationMode,
     QuantizedActivations,
+    QuantizedWeight,
     RotaryTable,
     SampleResult,
     SamplingMetadata,
@@ -60,7 +61,11 @@ class CudaOps:
         self._workspace = Workspace(self.device)
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        mode: QuantizationMode = "none",
+        embedding: bool = False,
     ) -> LinearWeight:
         """Move the weight to the device, in the backend's dtype or as int8 with a scale for each row."""
         return linear.prepare(weight, bias, mode, self.device, self.dtype)
@@ -76,9 +81,14 @@ class CudaOps:
         self.upload.send()
         return plan
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> [T, H]."""
-        return F.embedding(token_ids, weight).to(self.dtype)
+    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
+        if not isinstance(weight, CudaLinear):
+            raise ValueError("weight was not made by this backend's prepare_linear")
+        if weight.scales is None:
+            return F.embedding(token_ids, weight.weight)
+        rows = weight.weight[token_ids].to(torch.float32) * weight.scales[token_ids, None]
+        return rows.to(self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels.cpu import CpuOps
 from kernels.ops import Ops
+from kernels.portable import PortableOps
 from models.config import ModelConfig
 from models.layers import DecoderModel
 from server.engine.config import EngineConfig
@@ -85,7 +85,7 @@ class CpuDevice:
     warmup_tokens = 256
 
     def __init__(self, dtype: torch.dtype | None, threads: int | None) -> None:
-        self.ops = CpuOps(threads=threads, dtype=dtype)
+        self.ops = PortableOps(threads=threads, dtype=dtype)
         self._weight_bytes = 0
 
     def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:

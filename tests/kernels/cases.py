@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cpu.kv_cache import CpuKVCache
-from kernels.cpu.plan import CpuPlan
 from kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, Ops, RotaryTable, SamplingMetadata
+from kernels.portable.kv_cache import PortableKVCache
+from kernels.portable.plan import PortablePlan
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -59,7 +59,7 @@ def attention_step(
     return query, output, plan
 
 
-def stored(cache: CpuKVCache, plan: CpuPlan) -> Tensor:
+def stored(cache: PortableKVCache, plan: PortablePlan) -> Tensor:
     """Keys and values of the step's new tokens: [2, T, Hkv, D]."""
     rows = cache.token_rows.index_select(0, plan.write_index(cache))
     return rows.view(2, plan.num_tokens, cache.spec.num_kv_heads, cache.spec.head_dim)

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.cpu import CpuOps
 from kernels.ops import AttentionMetadata, KVCacheSpec, Ops, RotaryTable
+from kernels.portable import PortableOps
 from kernels.reference import ReferenceOps
 from tests.kernels.cases import sampling
 
-BACKENDS = [ReferenceOps, CpuOps]
+BACKENDS = [ReferenceOps, PortableOps]
 METHODS = [name for name, member in inspect.getmembers(Ops, inspect.isfunction) if not name.startswith("_")]
 
 
@@ -109,14 +109,14 @@ def test_bad_sampling_is_refused(backend: Callable[[], Ops], fields: dict[str, o
 
 def test_cpu_refusals() -> None:
     with pytest.raises(ValueError, match="'w8a8' is not built"):
-        CpuOps().prepare_linear(torch.zeros(3, 4), mode="w8a8")
+        PortableOps().prepare_linear(torch.zeros(3, 4), mode="w8a8")
     with pytest.raises(ValueError, match="quantize is not built"):
-        CpuOps().silu_mul(torch.zeros(2, 4), quantize=True)
+        PortableOps().silu_mul(torch.zeros(2, 4), quantize=True)
     with pytest.raises(ValueError, match="float16"):
-        CpuOps(dtype=torch.float16)
+        PortableOps(dtype=torch.float16)
     with pytest.raises(ValueError, match="threads is 0"):
-        CpuOps(threads=0)
-    ops = CpuOps(dtype=torch.float32)
+        PortableOps(threads=0)
+    ops = PortableOps(dtype=torch.float32)
     with pytest.raises(ValueError, match="must divide 64"):
         ops.allocate_kv_cache(KVCacheSpec(2, 8, 48, torch.float32), 4)
     with pytest.raises(ValueError, match="bfloat16 or float32"):

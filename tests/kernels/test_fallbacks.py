@@ -7,20 +7,20 @@ import logging
 import pytest
 import torch
 
-from kernels.cpu import CpuOps, attention, sampling
 from kernels.ops import AttentionMetadata, KVCacheSpec
+from kernels.portable import PortableOps, attention, sampling
 from tests.kernels.cases import sampling as sampling_metadata
 
 
 def test_none_is_taken_unasked() -> None:
-    assert not CpuOps().fallbacks
+    assert not PortableOps().fallbacks
 
 
 def test_each_is_counted_once_and_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("kernels.cpu.linear.rows_agree", lambda weight: False)
+    monkeypatch.setattr("kernels.portable.linear.rows_agree", lambda weight: False)
     monkeypatch.setattr(attention, "heights_agree", lambda *args: False)
     monkeypatch.setattr(sampling, "EXACT", 1.0)
-    ops = CpuOps(dtype=torch.float32)
+    ops = PortableOps(dtype=torch.float32)
     with caplog.at_level(logging.WARNING), torch.inference_mode():
         for _ in range(2):
             ops.prepare_linear(torch.randn(32, 64))

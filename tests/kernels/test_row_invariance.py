@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu import CpuOps, attention, linear
 from kernels.ops import AttentionMetadata
+from kernels.portable import PortableOps, attention, linear
 from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, random_sampling, stored
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 17, 31, 33, 64, 65, 97, 128, 130, 300]
@@ -33,22 +33,22 @@ def assert_rows_stand(op: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]
     [(1280, 768), (768, 2048), (4096, 768), (96, 80), (33, 50), (251, 11008), (8192, 2048), (130, 4099)],
 )
 def test_linear(dtype: torch.dtype, out_features: int, in_features: int) -> None:
-    ops = CpuOps(dtype=dtype)
+    ops = PortableOps(dtype=dtype)
     weight = ops.prepare_linear(torch.randn(out_features, in_features) / in_features**0.5, torch.randn(out_features))
     assert_rows_stand(lambda x: ops.linear(x, weight), torch.randn(300, in_features).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_of_a_long_prompt(dtype: torch.dtype) -> None:
-    ops = CpuOps(dtype=dtype)
+    ops = PortableOps(dtype=dtype)
     weight = ops.prepare_linear(torch.randn(768, 768) / 28)
     assert_rows_stand(lambda x: ops.linear(x, weight), torch.randn(2048, 768).to(dtype), [1, 16, 511, 512, 1024])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_in_fixed_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.cpu.linear.rows_agree", lambda weight: False)
-    ops = CpuOps(dtype=dtype)
+    monkeypatch.setattr("kernels.portable.linear.rows_agree", lambda weight: False)
+    ops = PortableOps(dtype=dtype)
     weight = ops.prepare_linear(torch.randn(60, 300))
     assert_rows_stand(lambda x: ops.linear(x, weight), torch.randn(100, 300).to(dtype), [1, 7, 16, 33])
 
@@ -56,7 +56,7 @@ def test_linear_in_fixed_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 63, 768, 1000, 4096])
 def test_norms(dtype: torch.dtype, width: int) -> None:
-    ops = CpuOps(dtype=dtype)
+    ops = PortableOps(dtype=dtype)
     weight = torch.randn(width).to(dtype)
     x, residual = (torch.randn(300, width).to(dtype) for _ in range(2))
     assert_rows_stand(lambda x: ops.rms_norm(x, weight, 1e-6), x)
@@ -69,14 +69,14 @@ def test_norms(dtype: torch.dtype, width: int) -> None:
 _EVERY_THREAD_COUNT = """
 import torch
 from torch.nn import functional as F
-from kernels.cpu import CpuOps
-from kernels.cpu.elementwise import exp_, tanh_
+from kernels.portable import PortableOps
+from kernels.portable.elementwise import exp_, tanh_
 
 torch.manual_seed(0)
 naive = 0
 for threads in (1, 2, 3, 4, 7):
     for dtype in (torch.float32, torch.bfloat16):
-        ops = CpuOps(threads=threads, dtype=dtype)
+        ops = PortableOps(threads=threads, dtype=dtype)
         for width in (37, 250, 2048):
             x = (torch.randn(211, 2 * width) * 4).to(dtype)
             weight = torch.randn(2 * width).to(dtype)
@@ -121,7 +121,7 @@ class History:
         self.layer, self.dtype, self.length = layer, dtype, length
         self.packed = layer.packed(length, dtype, seed=1)
         self.rotary = layer.rotary(1024)
-        self.ops = CpuOps(dtype=dtype)
+        self.ops = PortableOps(dtype=dtype)
 
     def run(self, chunks: list[int], strangers: int, seed: int, poison: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (rotated queries, stored keys and values, attention outputs) of the sequence's tokens, in order."""
@@ -227,7 +227,7 @@ def test_stock_attention_would_fail() -> None:
 def test_blocks_behind_the_window_may_be_gone(dtype: torch.dtype) -> None:
     """Blocks that lie wholly before a sliding window may belong to a dead request."""
     layer = Layer(4, 2, 64, window=40)
-    ops, rotary = CpuOps(dtype=dtype), layer.rotary(256)
+    ops, rotary = PortableOps(dtype=dtype), layer.rotary(256)
     cache = ops.allocate_kv_cache(layer.spec(dtype), 16)
     packed = layer.packed(220, dtype, seed=0)
     table = list(range(14))
@@ -245,7 +245,7 @@ def test_blocks_behind_the_window_may_be_gone(dtype: torch.dtype) -> None:
 def test_a_dead_sequence_touches_no_other(dtype: torch.dtype) -> None:
     """A NaN request in the same step, and then its freed, partly filled blocks in a new owner's hands."""
     layer = Layer(6, 2, 64)
-    ops, rotary = CpuOps(dtype=dtype), layer.rotary(64)
+    ops, rotary = PortableOps(dtype=dtype), layer.rotary(64)
     cache = ops.allocate_kv_cache(layer.spec(dtype), 8)
     packed = layer.packed(10, dtype, seed=0)
     clean = attention_step(ops, layer, cache, AttentionMetadata([10], [10], [[1]], 16), packed, rotary)[1]
@@ -267,7 +267,7 @@ def test_padding_rows_may_hold_anything(dtype: torch.dtype) -> None:
     packed, dead = padded.packed(4, dtype, seed=0), torch.full_like(full.packed(4, dtype, seed=0), float("nan"))
     outputs = []
     for others in (False, True):
-        ops = CpuOps(dtype=dtype)
+        ops = PortableOps(dtype=dtype)
         cache = ops.allocate_kv_cache(full.spec(dtype), 4)
         if others:
             attention_step(ops, full, cache, metadata, dead, full.rotary(64))
@@ -278,7 +278,7 @@ def test_padding_rows_may_hold_anything(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sampling_rows_are_independent(dtype: torch.dtype) -> None:
     """Each row drawn alone, and among others in another order, with a row of NaN beside it."""
-    rng, ops = random.Random(0), CpuOps(dtype=dtype)
+    rng, ops = random.Random(0), PortableOps(dtype=dtype)
     for vocab in (50, 1000):
         logits = (torch.randn(12, vocab) * 3).to(dtype)
         metadata = random_sampling(rng, 12, vocab)

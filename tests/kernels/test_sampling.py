@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.cpu import CpuOps
 from kernels.ops import Ops, SamplingMetadata
 from kernels.philox import philox_4x32_10, random_31_bits
+from kernels.portable import PortableOps
 from kernels.reference import ReferenceOps
 from kernels.sampling import draw, kept_weights, multiply_shift_ceil, multiply_shift_floor
 from tests.kernels.cases import random_sampling, sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BACKENDS: list[Ops] = [ReferenceOps(), CpuOps()]
+BACKENDS: list[Ops] = [ReferenceOps(), PortableOps()]
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_draw_on_a_border_takes_the_next_token(
     wanted = [0, 1, 127, 128, 300, 511]
     for off, expected in ((0, wanted), (-1, [j - 1 for j in wanted[1:]])):
         bits = np.array([(j << 22) + off for j in (wanted if off == 0 else wanted[1:])])
-        for module in ("kernels.reference", "kernels.cpu.sampling"):
+        for module in ("kernels.reference", "kernels.portable.sampling"):
             monkeypatch.setattr(f"{module}.random_31_bits", lambda *args, bits=bits: bits)
         logits = torch.zeros(len(bits), 512)
         assert backend.sample(logits, sampling(len(bits), **fields)).token_ids.tolist() == expected
@@ -331,7 +331,7 @@ def test_ties_at_a_border_are_kept() -> None:
     assert np.count_nonzero(kept_weights(logits, sampling(1, min_ps=math.exp(-1) - 1e-9), 0)) == 4
 
 
-@pytest.mark.parametrize("backend", [ReferenceOps, CpuOps])
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps])
 def test_log_probabilities(backend: type) -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, -1.0], [1.0, float("nan"), 0.0, 0.0]])
     biased = sampling(2, biases=[(0, 0, 100.0)], temperatures=0.0, num_logprobs=3)
@@ -350,7 +350,7 @@ def test_log_probabilities(backend: type) -> None:
         backend().sample(logits, sampling(2, num_logprobs=5))
 
 
-@pytest.mark.parametrize("backend", [ReferenceOps, CpuOps])
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps])
 def test_a_pending_token_counts_for_penalties(backend: type) -> None:
     """A token that a step in flight has drawn is the last of its row's output."""
     logits = torch.tensor([[1.0, 1.5, 0.0]] * 2)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels.ops import LinearWeight, QuantizationMode
+from kernels.ops import LinearWeight, QuantizationMode, QuantizedWeight
 from kernels.reference import ReferenceOps
 from models import checkpoint
 from models.config import ModelConfig
@@ -200,11 +200,15 @@ class CountingOps(ReferenceOps):
         self.modes: set[str] = set()
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        mode: QuantizationMode = "none",
+        embedding: bool = False,
     ) -> LinearWeight:
         self.prepared.append(tuple(weight.shape))
         self.modes.add(mode)
-        return super().prepare_linear(weight, bias, "none")
+        return super().prepare_linear(weight, bias, mode, embedding)
 
 
 def test_weights_are_prepared_as_they_are_used(folder: Path) -> None:
@@ -212,7 +216,7 @@ def test_weights_are_prepared_as_they_are_used(folder: Path) -> None:
     ops = CountingOps()
     load_model(folder, ops, quantization="w8a8")
     layer = [(64, 32), (32, 32), (96, 32), (32, 48)]
-    assert sorted(ops.prepared) == sorted([*layer, *layer, (61, 32)])
+    assert sorted(ops.prepared) == sorted([*layer, *layer, (61, 32), (61, 32)])
     assert ops.modes == {"w8a8"}
 
 

@@ -95,9 +95,9 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
 
 @functools.cache
 def cpu_ops() -> Ops:
-    from kernels.cpu.ops import CpuOps
+    from kernels.portable.ops import PortableOps
 
-    return CpuOps(dtype=torch.float32)
+    return PortableOps(dtype=torch.float32)
 
 
 BACKENDS: dict[str, Callable[[], Ops]] = {"reference": ReferenceOps, "cpu": cpu_ops}

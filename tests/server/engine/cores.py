@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kernels.cpu import CpuOps
+from kernels.portable import PortableOps
 from models.config import ModelConfig
 from models.layers import DecoderModel
 from models.loader import load_model, random_model, resolve_model
@@ -40,13 +40,13 @@ TINY = {
 @cache
 def tiny_model() -> DecoderModel:
     """A random model of two layers in float32, with logits far enough apart for sampling to matter."""
-    return random_model(ModelConfig.from_hf(TINY), CpuOps(dtype=torch.float32), seed=1, std=0.3)
+    return random_model(ModelConfig.from_hf(TINY), PortableOps(dtype=torch.float32), seed=1, std=0.3)
 
 
 @cache
 def tales_model() -> DecoderModel:
     """The embedded model, in the CPU's own dtype."""
-    return load_model(resolve_model("stet-tales"), CpuOps())
+    return load_model(resolve_model("stet-tales"), PortableOps())
 
 
 def make_core(model: DecoderModel, **settings: Any) -> EngineCore:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu import CpuOps
 from kernels.cuda.ops import CudaOps
+from kernels.portable import PortableOps
 from models.config import ModelConfig
 from models.layers import DecoderModel
 from models.loader import random_model
@@ -79,7 +79,7 @@ def make_core(runner: Any, depth: int, **settings: int) -> EngineCore:
 @cache
 def oracle() -> DecoderModel:
     """The same weights on the CPU's own operators."""
-    return random_model(ModelConfig.from_hf(CONFIG), CpuOps(dtype=torch.float32), seed=1, std=0.3)
+    return random_model(ModelConfig.from_hf(CONFIG), PortableOps(dtype=torch.float32), seed=1, std=0.3)
 
 
 def expected_tokens(batch: list[Request]) -> list[list[int]]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu import CpuOps
 from kernels.cuda.ops import CudaOps
 from kernels.ops import Activations, LinearWeight, Ops
+from kernels.portable import PortableOps
 from models.config import ModelConfig
 from models.loader import random_model
 from server.engine.invariance import rows_agree
 from tests.server.engine.cores import TINY
 
 
-class Careless(CpuOps):
+class Careless(PortableOps):
     """A backend whose linear layers add something that depends on the number of rows."""
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
@@ -29,7 +29,7 @@ def agree(ops: Ops, kv_dtype: torch.dtype, length: int) -> bool:
 
 
 def test_invariant_backends_pass() -> None:
-    assert agree(CpuOps(dtype=torch.float32), torch.float32, 300)
+    assert agree(PortableOps(dtype=torch.float32), torch.float32, 300)
     assert agree(CudaOps(torch.bfloat16), torch.int8, 40)
 
 

@@ -1,7 +1,7 @@
 """Paged attention in tiles of fixed shape.
 
 A tile has the query heads of one KV head for some tokens as its rows (GQA packing) and a fixed number of keys. Its
-shape depends on the positions of its tokens only (`kernels.cpu.plan`); everything that a row may not see is masked.
+shape depends on the positions of its tokens only (`kernels.portable.plan`); what a row may not see is masked.
 All tiles of one extent are computed in one call of torch's flash attention kernel for the CPU, which treats each tile
 alone: scores, softmax and sums in float32, online softmax in steps of 512 keys, in order (arXiv:2205.14135).
 
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cpu.elementwise import tanh_
-from kernels.cpu.kv_cache import CpuKVCache
-from kernels.cpu.plan import CpuPlan, Work
-from kernels.cpu.workspace import Workspace
+from kernels.portable.elementwise import tanh_
+from kernels.portable.kv_cache import PortableKVCache
+from kernels.portable.plan import PortablePlan, Work
+from kernels.portable.workspace import Workspace
 
 PROMPT_ROWS = 32
 MAX_GATHER_BYTES = 4 << 20  # stays in the last-level cache between gathering and use
@@ -78,8 +78,8 @@ def heights_agree(head_dim: int, dtype: torch.dtype, rows: int, softcap: bool) -
 
 def paged_attention(
     query: Tensor,
-    cache: CpuKVCache,
-    plan: CpuPlan,
+    cache: PortableKVCache,
+    plan: PortablePlan,
     scale: float,
     softcap: float | None,
     one_height: bool,
@@ -115,7 +115,7 @@ def _decode(
     query: Tensor,
     output: Tensor,
     work: Work,
-    cache: CpuKVCache,
+    cache: PortableKVCache,
     scale: float,
     softcap: float | None,
     workspace: Workspace,
@@ -138,7 +138,7 @@ def _decode(
             output[piece.token_rows, piece.heads] = result
 
 
-def _decode_pieces(query: Tensor, work: Work, cache: CpuKVCache, workspace: Workspace) -> Iterator[_DecodePiece]:
+def _decode_pieces(query: Tensor, work: Work, cache: PortableKVCache, workspace: Workspace) -> Iterator[_DecodePiece]:
     """Cut the work so that the gathered keys and values stay within MAX_GATHER_BYTES."""
     _, kv_heads, group, head_dim = query.shape
     index = work.gather_index(cache)
@@ -172,7 +172,7 @@ def _prompt(
     query: Tensor,
     output: Tensor,
     work: Work,
-    cache: CpuKVCache,
+    cache: PortableKVCache,
     scale: float,
     softcap: float | None,
     workspace: Workspace,
@@ -221,7 +221,7 @@ def _pack(query: Tensor, num_tiles: int, per_tile: int, workspace: Workspace) ->
 
 
 def _gather_buffer(
-    cache: CpuKVCache, index: Tensor, extent: int, workspace: Workspace
+    cache: PortableKVCache, index: Tensor, extent: int, workspace: Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the blocks of an index int64 [2, W, heads, blocks]; its keys and values, each [W, heads, extent, D]."""
     _, count, heads, blocks = index.shape
@@ -231,7 +231,7 @@ def _gather_buffer(
     return buffer, both[0], both[1]
 
 
-def _gather(cache: CpuKVCache, index: Tensor, extent: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
+def _gather(cache: PortableKVCache, index: Tensor, extent: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """Keys and values of the indexed blocks."""
     buffer, keys, values = _gather_buffer(cache, index, extent, workspace)
     torch.index_select(cache.block_rows, 0, index.reshape(-1), out=buffer)

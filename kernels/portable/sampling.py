@@ -1,6 +1,6 @@
 """The rule of `kernels.sampling`, quickly: the same tokens with few passes over the vocabulary.
 
-The passes are NumPy's: its float64 exp treats all elements alike (see `kernels.cpu.elementwise`), its calls are cheap,
+The passes are NumPy's: its float64 exp treats all elements alike (see `.elementwise`), its calls are cheap,
 and a row of 32,000 float64 stays in the second-level cache. Weights are kept as float64 holding integers, whose sums
 are exact below 2^53; a row that exceeds it (131,072 tokens or more, almost all equal) is left to `kernels.sampling`.
 Nothing sorts the vocabulary but typical-p.
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.workspace import Workspace
 from kernels.ops import SampleResult, SamplingMetadata
 from kernels.philox import random_31_bits
+from kernels.portable.workspace import Workspace
 from kernels.sampling import (
     FLOAT32_MAX,
     SMALLEST_TEMPERATURE,

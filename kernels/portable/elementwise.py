@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.workspace import Workspace
+from kernels.portable.workspace import Workspace
 
 # at::internal::GRAIN_SIZE: from so many elements on, a reduction to one output may be split among threads.
 MAX_REDUCTION = 32768

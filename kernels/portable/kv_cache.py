@@ -21,7 +21,7 @@ from kernels.ops import KVCacheSpec
 
 
 @dataclass(frozen=True, slots=True)
-class CpuKVCache:
+class PortableKVCache:
     """One layer's keys and values, and two views of them for gathering blocks and scattering tokens."""
 
     spec: KVCacheSpec
@@ -31,7 +31,7 @@ class CpuKVCache:
     token_rows: Tensor  # [2 * num_blocks * Hkv * block_size, D]
 
 
-def allocate(spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
+def allocate(spec: KVCacheSpec, num_blocks: int) -> PortableKVCache:
     """A zeroed cache. Raises ValueError for a block size that does not divide attention's key tiles."""
     if num_blocks < 1:
         raise ValueError(f"num_blocks is {num_blocks}; at least 1 is needed")
@@ -44,4 +44,4 @@ def allocate(spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
         data = torch.zeros(shape, dtype=spec.dtype)
         block_rows = data.view(-1, spec.block_size * spec.head_dim)
         token_rows = data.view(-1, spec.head_dim)
-    return CpuKVCache(spec, num_blocks, data, block_rows, token_rows)
+    return PortableKVCache(spec, num_blocks, data, block_rows, token_rows)

@@ -1,4 +1,4 @@
-"""Each operation of CpuOps gives what ReferenceOps gives, over odd shapes, in bf16 and float32."""
+"""Each operation of PortableOps gives what ReferenceOps gives, over odd shapes, in bf16 and float32."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cpu import CpuOps, attention
 from kernels.ops import AttentionMetadata
+from kernels.portable import PortableOps, attention
 from kernels.reference import ReferenceOps
 from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, stored
 
@@ -30,7 +30,7 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (1, 768), (3, 77), (16, 768), (70, 129), (5, 4096)])
 def test_norms_and_activation(dtype: torch.dtype, rows: int, width: int) -> None:
-    ops = CpuOps(dtype=dtype)
+    ops = PortableOps(dtype=dtype)
     x, residual = torch.randn(rows, width).to(dtype) * 3, torch.randn(rows, width).to(dtype)
     weight = torch.randn(width).to(dtype)
     close(ops.rms_norm(x, weight, 1e-5), REFERENCE.rms_norm(x, weight, 1e-5), dtype)
@@ -44,7 +44,7 @@ def test_norms_and_activation(dtype: torch.dtype, rows: int, width: int) -> None
 
 def test_silu_at_the_ends() -> None:
     gate = torch.tensor([[-1e30, -200.0, -88.9, 0.0, 88.9, 1e30]])
-    ops = CpuOps(dtype=torch.float32)
+    ops = PortableOps(dtype=torch.float32)
     actual = ops.silu_mul(torch.cat([gate, torch.ones_like(gate)], 1))
     torch.testing.assert_close(actual, torch.nn.functional.silu(gate), atol=1e-36, rtol=1e-6)
 
@@ -58,8 +58,8 @@ def test_linear(
     dtype: torch.dtype, out_features: int, in_features: int, fixed_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fixed_rows:
-        monkeypatch.setattr("kernels.cpu.linear.rows_agree", lambda weight: False)
-    ops = CpuOps(dtype=dtype)
+        monkeypatch.setattr("kernels.portable.linear.rows_agree", lambda weight: False)
+    ops = PortableOps(dtype=dtype)
     weight = torch.randn(out_features, in_features) / in_features**0.5
     for bias in (None, torch.randn(out_features)):
         prepared = ops.prepare_linear(weight, bias)
@@ -75,7 +75,8 @@ def test_linear(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding(dtype: torch.dtype) -> None:
     weight, ids = torch.randn(50, 12), torch.tensor([3, 0, 49, 3])
-    close(CpuOps(dtype=dtype).embedding(ids, weight), weight[ids], dtype)
+    ops = PortableOps(dtype=dtype)
+    close(ops.embedding(ids, ops.prepare_linear(weight, embedding=True)), weight[ids], dtype)
 
 
 LAYERS = [
@@ -103,7 +104,7 @@ def test_attention(dtype: torch.dtype, layer: Layer, one_height: bool, monkeypat
     if one_height:
         monkeypatch.setattr(attention, "heights_agree", lambda *args: False)
     steps_run = STEPS[:2] if one_height else STEPS
-    ops = CpuOps(dtype=dtype)
+    ops = PortableOps(dtype=dtype)
     rotary = layer.rotary(1024)
     for case, steps in enumerate(steps_run):
         ends = [seq_len for _, seq_len in steps[-1]]
@@ -133,7 +134,7 @@ def test_attention(dtype: torch.dtype, layer: Layer, one_height: bool, monkeypat
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_query_and_key_norm(dtype: torch.dtype) -> None:
     layer = Layer(6, 2, 80)
-    ops, rotary = CpuOps(dtype=dtype), layer.rotary(64)
+    ops, rotary = PortableOps(dtype=dtype), layer.rotary(64)
     norms = torch.rand(80) + 0.5, torch.rand(80) + 0.5
     metadata = AttentionMetadata([5], [5], [[2]], 16)
     packed = layer.packed(5, dtype, seed=0)
@@ -149,7 +150,7 @@ def test_query_and_key_norm(dtype: torch.dtype) -> None:
 
 def test_float32_cache_under_bf16_activations() -> None:
     layer = Layer(4, 2, 64)
-    ops = CpuOps(dtype=torch.bfloat16)
+    ops = PortableOps(dtype=torch.bfloat16)
     cache = ops.allocate_kv_cache(layer.spec(torch.float32), 4)
     metadata = AttentionMetadata([9], [9], [[1]], 16)
     packed = layer.packed(9, torch.bfloat16, seed=0)
@@ -168,7 +169,7 @@ def test_long_work_is_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     packed, rotary = layer.packed(503, dtype, seed=0), layer.rotary(512)
 
     def run() -> Tensor:
-        ops = CpuOps(dtype=dtype)
+        ops = PortableOps(dtype=dtype)
         return attention_step(ops, layer, ops.allocate_kv_cache(layer.spec(dtype), 128), metadata, packed, rotary)[1]
 
     whole = run()
@@ -180,7 +181,7 @@ def test_long_work_is_done_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workspaces_survive_leaving_inference_mode() -> None:
-    ops = CpuOps(dtype=torch.float32)
+    ops = PortableOps(dtype=torch.float32)
     with torch.inference_mode():
         ops.rms_norm(torch.ones(2, 8), torch.ones(8), 1e-6)
     with torch.no_grad():

@@ -25,10 +25,11 @@ _CHECKED_ROWS = (4, 5, 7, 16, 33, 130)
 
 
 @dataclass(frozen=True, slots=True)
-class CpuLinear:
+class PortableLinear:
     """A packed weight [N, K], opaque to all but oneDNN, and its bias [N] or None.
 
     fixed_rows: whether every call must have exactly FIXED_ROWS rows to be row-invariant.
+    rows: the weight as it was, for `embedding`; None where it was not asked for.
     """
 
     out_features: int
@@ -37,22 +38,26 @@ class CpuLinear:
     bias: Tensor | None
     dtype: torch.dtype
     fixed_rows: bool
+    rows: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight, its rows where they are kept, and the bias."""
+        parts = (self.bias, self.rows)
+        packed = self.out_features * self.in_features * self.dtype.itemsize
+        return packed + sum(part.nbytes for part in parts if part is not None)
 
 
-def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fixed_rows: bool) -> CpuLinear:
-    """Convert to `dtype` and pack. Raises ValueError for shapes that are not a linear layer's."""
-    if weight.dim() != 2 or 0 in weight.shape:
-        raise ValueError(f"weight must be [N, K], got {tuple(weight.shape)}")
+def pack(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, fixed_rows: bool) -> PortableLinear:
+    """Convert to `dtype` and pack."""
     out_features, in_features = weight.shape
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"bias must be [{out_features}] for this weight, got {tuple(bias.shape)}")
     with torch.inference_mode(False), torch.no_grad():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous(), None)
         own_bias = None if bias is None else bias.detach().to(dtype).contiguous()
-    return CpuLinear(out_features, in_features, packed, own_bias, dtype, fixed_rows)
+    return PortableLinear(out_features, in_features, packed, own_bias, dtype, fixed_rows)
 
 
-def apply(x: Tensor, weight: CpuLinear) -> Tensor:
+def apply(x: Tensor, weight: PortableLinear) -> Tensor:
     """x [T, K] in the weight's dtype -> [T, N], accumulated in float32."""
     rows = x.shape[0]
     if weight.fixed_rows:
@@ -65,7 +70,7 @@ def apply(x: Tensor, weight: CpuLinear) -> Tensor:
     return _call(x, weight)
 
 
-def rows_agree(weight: CpuLinear) -> bool:
+def rows_agree(weight: PortableLinear) -> bool:
     """Whether a row has the same bits in calls of 4 to 130 rows, at the start and at the end of the call."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(_CHECKED_ROWS), weight.in_features, generator=generator).to(weight.dtype)
@@ -78,12 +83,12 @@ def rows_agree(weight: CpuLinear) -> bool:
     return True
 
 
-def _call(x: Tensor, weight: CpuLinear) -> Tensor:
+def _call(x: Tensor, weight: PortableLinear) -> Tensor:
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.packed, weight.bias, "none", [], "")
     return y
 
 
-def _apply_fixed(x: Tensor, weight: CpuLinear) -> Tensor:
+def _apply_fixed(x: Tensor, weight: PortableLinear) -> Tensor:
     """In pieces of exactly FIXED_ROWS rows, the last one padded with zeros."""
     rows = x.shape[0]
     pieces = -(-rows // FIXED_ROWS)

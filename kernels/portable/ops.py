@@ -1,21 +1,16 @@
-"""CpuOps: checks of arguments, and the backend's state. The arithmetic is in the modules beside this one."""
+"""PortableOps: checks of arguments, and the backend's state. The arithmetic is in the modules beside this one."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.cpu import attention, elementwise, linear
-from kernels.cpu.kv_cache import CpuKVCache, allocate
-from kernels.cpu.linear import CpuLinear
-from kernels.cpu.plan import CpuPlan, make_plan
-from kernels.cpu.rotary import write_kv
-from kernels.cpu.sampling import sample
-from kernels.cpu.workspace import Workspace
+from kernels.checks import check_weight
 from kernels.ops import (
     Activations,
     AttentionMetadata,
@@ -23,10 +18,18 @@ from kernels.ops import (
     KVCacheSpec,
     LinearWeight,
     QuantizationMode,
+    QuantizedWeight,
     RotaryTable,
     SampleResult,
     SamplingMetadata,
 )
+from kernels.portable import attention, elementwise, linear
+from kernels.portable.kv_cache import PortableKVCache, allocate
+from kernels.portable.linear import PortableLinear
+from kernels.portable.plan import PortablePlan, make_plan
+from kernels.portable.rotary import write_kv
+from kernels.portable.sampling import sample
+from kernels.portable.workspace import Workspace
 from kernels.sampling import with_pending
 
 logger = logging.getLogger(__name__)
@@ -44,10 +47,10 @@ def has_fast_bf16() -> bool:
     return not x86 or bool(torch.cpu._is_avx512_bf16_supported())
 
 
-class CpuOps:
+class PortableOps:
     """The operations of `kernels.ops.Ops` on the CPU, row-invariant to the bit.
 
-    Owns its scratch memory and the results of its start-up checks. Not thread-safe: one engine, one CpuOps. Call
+    Owns its scratch memory and the results of its start-up checks. Not thread-safe: one engine, one PortableOps. Call
     it under torch.inference_mode or no_grad: results are written into existing tensors, which autograd refuses.
     """
 
@@ -72,10 +75,15 @@ class CpuOps:
         self._norms: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def prepare_linear(
-        self, weight: Tensor, bias: Tensor | None = None, mode: QuantizationMode = "none"
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        mode: QuantizationMode = "none",
+        embedding: bool = False,
     ) -> LinearWeight:
-        """Pack the weight; check once for each shape that rows do not depend on their number (`kernels.cpu.linear`)."""
-        if mode != "none":
+        """Pack the weight; check once for each shape that rows do not depend on their number (see `.linear`)."""
+        check_weight(weight, bias, mode)
+        if isinstance(weight, QuantizedWeight) or mode != "none":
             raise ValueError(f"mode {mode!r} is not built yet for the CPU backend; use 'none'")
         packed = linear.pack(weight, bias, self.dtype, fixed_rows=False)
         shape = (packed.out_features, packed.in_features)
@@ -85,19 +93,21 @@ class CpuOps:
                 self._fall_back("linear", f"[N, K] = {list(shape)} in pieces of {linear.FIXED_ROWS} rows")
         if not self._rows_agree[shape]:
             packed = linear.pack(weight, bias, self.dtype, fixed_rows=True)
-        return packed
+        return replace(packed, rows=weight.to(self.dtype, copy=True)) if embedding else packed
 
-    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> PortableKVCache:
         """[2, num_blocks, Hkv, block_size, D], zeroed. Raises ValueError for block sizes that do not divide 128."""
         return allocate(spec, num_blocks)
 
-    def plan(self, metadata: AttentionMetadata) -> CpuPlan:
+    def plan(self, metadata: AttentionMetadata) -> PortablePlan:
         """Positions, slots and tiles of this step. Raises ValueError that names the field of metadata."""
         return make_plan(metadata)
 
-    def embedding(self, token_ids: Tensor, weight: Tensor) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> [T, H]."""
-        return F.embedding(token_ids, weight).to(self.dtype)
+    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
+        if not isinstance(weight, PortableLinear) or weight.rows is None:
+            raise ValueError("weight was not made by this backend's prepare_linear with `embedding`")
+        return F.embedding(token_ids, weight.rows)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
@@ -118,7 +128,7 @@ class CpuOps:
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32."""
-        if not isinstance(weight, CpuLinear):
+        if not isinstance(weight, PortableLinear):
             raise ValueError("weight was not made by this backend's prepare_linear")
         if x.dim() != 2 or x.shape[1] != weight.in_features:
             raise ValueError(f"x must be [T, {weight.in_features}] for this weight, got {tuple(x.shape)}")
@@ -143,7 +153,7 @@ class CpuOps:
         value: Tensor,
         rotary: RotaryTable,
         kv_cache: KVCache,
-        plan: CpuPlan,
+        plan: PortablePlan,
         query_norm: Tensor | None = None,
         key_norm: Tensor | None = None,
         eps: float = 1e-6,
@@ -168,9 +178,9 @@ class CpuOps:
         return write_kv(query, key, value, cos, sin, cache, plan, norms, eps, self._workspace)
 
     def paged_attention(
-        self, query: Tensor, kv_cache: KVCache, plan: CpuPlan, scale: float, softcap: float | None = None
+        self, query: Tensor, kv_cache: KVCache, plan: PortablePlan, scale: float, softcap: float | None = None
     ) -> Tensor:
-        """query [T, Hq, D] -> [T, Hq * D]: causal attention in fixed tiles (see `kernels.cpu.attention`)."""
+        """query [T, Hq, D] -> [T, Hq * D]: causal attention in fixed tiles (see `kernels.portable.attention`)."""
         cache = _own_cache(kv_cache, plan)
         spec = cache.spec
         if query.dim() != 3 or query.shape[0] != plan.num_tokens or query.shape[2] != spec.head_dim:
@@ -226,9 +236,9 @@ def _check_gate_up(gate_up: Tensor) -> None:
         raise ValueError(f"gate_up must be [T, 2*I], got {tuple(gate_up.shape)}")
 
 
-def _own_cache(cache: KVCache, plan: CpuPlan) -> CpuKVCache:
+def _own_cache(cache: KVCache, plan: PortablePlan) -> PortableKVCache:
     """Check that the cache is ours and fits the plan."""
-    if not isinstance(cache, CpuKVCache):
+    if not isinstance(cache, PortableKVCache):
         raise ValueError("kv_cache was not allocated by this backend")
     if plan.block_size != cache.spec.block_size:
         raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from kernels.checks import check_attention
-from kernels.cpu.kv_cache import CpuKVCache
 from kernels.ops import AttentionMetadata, RotaryTable
+from kernels.portable.kv_cache import PortableKVCache
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -49,7 +49,7 @@ class Work:
     prepared: dict[tuple[int, ...], Any] = field(default_factory=dict)
     gathers: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
-    def gather_index(self, cache: CpuKVCache) -> Tensor:
+    def gather_index(self, cache: PortableKVCache) -> Tensor:
         """Rows of `cache.block_rows`: [2, sequences, Hkv, extent / block_size], the same for all equal layers."""
         heads = cache.spec.num_kv_heads
         key = (heads, cache.num_blocks)
@@ -62,7 +62,7 @@ class Work:
 
 
 @dataclass(slots=True)
-class CpuPlan:
+class PortablePlan:
     """Positions [T], each new token's slot as (block, offset), blocks to clear; and what the layers keep in it."""
 
     num_tokens: int
@@ -92,7 +92,7 @@ class CpuPlan:
             found = self._rotary[id(table)] = (table, *both)  # keeps the table alive, so that its id stays its own
         return found[1], found[2]
 
-    def write_index(self, cache: CpuKVCache) -> Tensor:
+    def write_index(self, cache: PortableKVCache) -> Tensor:
         """Rows of `cache.token_rows` for keys, then values: [2 * T * Hkv]."""
         heads, size = cache.spec.num_kv_heads, cache.spec.block_size
         key = (heads, cache.num_blocks)
@@ -162,7 +162,7 @@ def key_range(positions: Int64Array, window: int | None) -> tuple[Int64Array, In
     return starts, extents
 
 
-def make_plan(metadata: AttentionMetadata) -> CpuPlan:
+def make_plan(metadata: AttentionMetadata) -> PortablePlan:
     """Check the metadata (ValueError names the field) and lay it out in arrays."""
     largest_block = check_attention(metadata)
     size = metadata.block_size
@@ -181,7 +181,7 @@ def make_plan(metadata: AttentionMetadata) -> CpuPlan:
     # Only a last block can stay partly filled, and it is new if its first token is.
     begun = (seq_lens % size != 0) & ((used - 1) * size >= first_positions)
     fresh = tables[np.flatnonzero(begun), used[begun] - 1]
-    return CpuPlan(
+    return PortablePlan(
         num_tokens=num_tokens,
         block_size=size,
         largest_block=largest_block,

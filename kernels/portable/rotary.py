@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu.elementwise import normalize
-from kernels.cpu.kv_cache import CpuKVCache
-from kernels.cpu.plan import CpuPlan
-from kernels.cpu.workspace import Workspace
+from kernels.portable.elementwise import normalize
+from kernels.portable.kv_cache import PortableKVCache
+from kernels.portable.plan import PortablePlan
+from kernels.portable.workspace import Workspace
 
 
 def write_kv(
@@ -17,16 +17,16 @@ def write_kv(
     value: Tensor,
     cos: Tensor,
     sin: Tensor,
-    cache: CpuKVCache,
-    plan: CpuPlan,
+    cache: PortableKVCache,
+    plan: PortablePlan,
     norms: Tensor | None,
     eps: float,
     workspace: Workspace,
 ) -> Tensor:
     """Rotate query and key in float32, write key and value, return the query in its own dtype, [T, Hq, D].
 
-    cos, sin: float32 [T, 1, rotary_dim], as `CpuPlan.rotary` gives them. norms: None or the weights of the per-head
-    norms, float32 [Hq + Hkv, D].
+    cos, sin: float32 [T, 1, rotary_dim], as `PortablePlan.rotary` gives them. norms: None or the per-head norms'
+    weights, float32 [Hq + Hkv, D].
     """
     tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
