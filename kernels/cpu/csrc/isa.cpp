@@ -1,0 +1,25 @@
+// All kernels for one instruction set. Compiled once for each: -DSTET_ISA=avx512 and so on (kernels/cpu/build.py).
+
+#include "step.h"
+
+#if defined(STET_AVX2) || defined(STET_AVX512)
+#include <immintrin.h>
+#endif
+
+namespace STET_ISA {
+namespace {
+
+#include "simd.h"
+#include "tile.h"
+#include "linear.h"
+#include "rows.h"
+#include "cache.h"
+#include "attention.h"
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    STET_NAME, {embedding, norm, linear, gated, write_kv, attention, quantize}};
+
+}  // namespace STET_ISA

@@ -1,0 +1,104 @@
+// y = x W^T + bias, for W packed in panels of 16 output features.
+//
+// float types  [N / 16][K][16]              y[m][n] is one chain of multiply-adds along k, times the feature's scale
+// INT8_DOT     [N / 16][K' / 4][16][4]      exact int32 sums, then times the row's scale, then times the feature's;
+//                                           K' is K rounded up to a multiple of 4, the rest zeros, in x too
+//
+// p: x, row scales, W, feature scales, bias, y.  n: N, K, elements from row to row of x, of y.
+// flags: the Type of W. Feature scales and bias may be null.
+
+constexpr int64_t GROUP = 4;          // panels that a thread takes at once
+constexpr int64_t ROWS_BYTES = 1 << 18;  // of x: what stays in the second-level cache while a group's panels pass by
+
+// Scale, add the bias, write what there is of 16 columns.
+inline void finish(const float* acc, const float* scales, const float* bias, float* y, int64_t columns) {
+    F16 v = load(acc);
+    if (columns >= 16) {
+        if (scales) v = v * load(scales);
+        if (bias) v = v + load(bias);
+        store(y, v);
+        return;
+    }
+    for (int64_t i = 0; i < columns; ++i) {
+        float each = acc[i];
+        if (scales) each = each * scales[i];
+        if (bias) each = each + bias[i];
+        y[i] = each;
+    }
+}
+
+template <class T>
+void linear_floats(const Command& c, int64_t rows, int64_t chunk, Work& work) {
+    const float* x = (const float*)c.p[0];
+    const T* w = (const T*)c.p[2];
+    const float *scales = (const float*)c.p[3], *bias = (const float*)c.p[4];
+    float* y = (float*)c.p[5];
+    const int64_t N = c.n[0], K = c.n[1], ldx = c.n[2], ldy = c.n[3];
+    const int64_t panels = (N + 15) / 16, groups = (panels + GROUP - 1) / GROUP, chunks = (rows + chunk - 1) / chunk;
+    float acc[MAX_ROWS * 16 * GROUP];
+    for (int64_t item; (item = work.take()) < groups * chunks;) {
+        const int64_t first_panel = item % groups * GROUP, first_row = item / groups * chunk;
+        const int count = (int)(panels - first_panel < GROUP ? panels - first_panel : GROUP);
+        const int64_t last_row = first_row + chunk < rows ? first_row + chunk : rows;
+        const T* panel[GROUP];
+        for (int p = 0; p < count; ++p) {
+            panel[p] = w + (first_panel + p) * K * 16;
+        }
+        for (int64_t row = first_row; row < last_row;) {
+            const int m = next_block(last_row - row, MAX_ROWS);
+            fma_block<T>(m, x + row * ldx, ldx, panel, count, 16, K, acc, 16 * GROUP, false);
+            for (int i = 0; i < m; ++i) {
+                for (int p = 0; p < count; ++p) {
+                    const int64_t n = (first_panel + p) * 16;
+                    finish(acc + i * 16 * GROUP + p * 16, scales ? scales + n : nullptr, bias ? bias + n : nullptr,
+                           y + (row + i) * ldy + n, N - n);
+                }
+            }
+            row += m;
+        }
+    }
+}
+
+void linear_dot(const Command& c, int64_t rows, int64_t chunk, Work& work) {
+    const int8_t *x = (const int8_t*)c.p[0], *w = (const int8_t*)c.p[2];
+    const float *row_scales = (const float*)c.p[1], *scales = (const float*)c.p[3], *bias = (const float*)c.p[4];
+    float* y = (float*)c.p[5];
+    const int64_t N = c.n[0], K = (c.n[1] + 3) / 4 * 4, ldx = c.n[2], ldy = c.n[3];
+    const int64_t panels = (N + 15) / 16, groups = (panels + GROUP - 1) / GROUP, chunks = (rows + chunk - 1) / chunk;
+    int32_t sums[MAX_DOT_ROWS * 16];
+    float scaled[16];
+    for (int64_t item; (item = work.take()) < groups * chunks;) {
+        const int64_t first_panel = item % groups * GROUP, first_row = item / groups * chunk;
+        const int64_t last_panel = first_panel + GROUP < panels ? first_panel + GROUP : panels;
+        const int64_t last_row = first_row + chunk < rows ? first_row + chunk : rows;
+        for (int64_t row = first_row; row < last_row;) {
+            const int m = next_block(last_row - row, MAX_DOT_ROWS);
+            for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+                dot_block(m, x + row * ldx, ldx, w + panel * K * 16, K, sums);
+                const int64_t n = panel * 16;
+                for (int i = 0; i < m; ++i) {
+                    const float row_scale = row_scales[row + i];
+                    for (int lane = 0; lane < 16; ++lane) {
+                        scaled[lane] = (float)sums[16 * i + lane] * row_scale;
+                    }
+                    finish(scaled, scales + n, bias ? bias + n : nullptr, y + (row + i) * ldy + n, N - n);
+                }
+            }
+            row += m;
+        }
+    }
+}
+
+void linear(const Command& c, const Step* step, Work& work) {
+    const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows;
+    const int64_t row_bytes = c.n[1] * (c.flags == INT8_DOT ? 1 : 4);
+    int64_t chunk = ROWS_BYTES / row_bytes / 24 * 24;
+    if (chunk < 24) chunk = 24;
+    switch (c.flags) {
+        case FLOAT32: return linear_floats<float>(c, rows, chunk, work);
+        case BFLOAT16: return linear_floats<bfloat16>(c, rows, chunk, work);
+        case FLOAT16: return linear_floats<float16>(c, rows, chunk, work);
+        case INT8: return linear_floats<int8_t>(c, rows, chunk, work);
+        case INT8_DOT: return linear_dot(c, rows, chunk, work);
+    }
+}

@@ -1,0 +1,346 @@
+"""CpuOps: checks of arguments, and the backend's state. The arithmetic is in csrc/.
+
+Activations are float32. A call is one command, carried out at once by all threads; or, while a forward pass is being
+recorded, written down (`kernels.cpu.program`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.checks import check_weight
+from kernels.cpu import linear, native
+from kernels.cpu.kv_cache import CpuKVCache, allocate
+from kernels.cpu.linear import CpuLinear
+from kernels.cpu.native import SCRATCH_FLOATS, Team
+from kernels.cpu.plan import CpuPlan, make_plan
+from kernels.cpu.program import Program, Recording, computing_is_an_error
+from kernels.ops import (
+    Activations,
+    AttentionMetadata,
+    AttentionPlan,
+    KVCache,
+    KVCacheSpec,
+    LinearWeight,
+    QuantizationMode,
+    QuantizedActivations,
+    QuantizedWeight,
+    RotaryTable,
+    SampleResult,
+    SamplingMetadata,
+)
+from kernels.portable.sampling import sample
+from kernels.portable.workspace import Workspace
+from kernels.sampling import with_pending
+
+_PART_ROWS = 24  # of csrc/attention.h
+
+
+class CpuOps:
+    """The operations of `kernels.ops.Ops` on the CPU, row-invariant to the bit.
+
+    The bits do not depend on the number of threads either, nor on which of its instruction sets the library picked.
+    Owns its threads and workspaces. Not thread-safe: one engine, one CpuOps.
+    """
+
+    def __init__(
+        self, threads: int | None = None, dtype: torch.dtype | None = None, kernels: str | None = None
+    ) -> None:
+        """threads: None is torch's choice, the physical cores. dtype: what unquantized weights are stored as; None: as
+        the checkpoint has them. kernels: an instruction set of `native.Team`; None is the best.
+
+        Raises ValueError for what is not there, native.LibraryMissing where the kernels were not compiled.
+        """
+        if dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype is {dtype}; the CPU backend stores bfloat16, float16 or float32")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; at least 1 is needed")
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.weight_dtype = dtype
+        self.fallbacks: Counter[str] = Counter()
+        self.team = Team(threads or torch.get_num_threads(), kernels)
+        self._recording: Recording | None = None
+        self._workspace = Workspace()
+
+    def prepare_linear(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None = None,
+        mode: QuantizationMode = "none",
+        embedding: bool = False,
+    ) -> LinearWeight:
+        """Pack the weight into panels of 16 output features (`kernels.cpu.linear`)."""
+        check_weight(weight, bias, mode)
+        return linear.pack(weight, bias, mode, self.weight_dtype)
+
+    def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
+        """Zeroed. Raises ValueError for block sizes that are no multiple of 16."""
+        return allocate(spec, num_blocks)
+
+    def plan(self, metadata: AttentionMetadata) -> CpuPlan:
+        """Positions, sequences and block tables of this step. Raises ValueError that names the field of metadata."""
+        return make_plan(metadata)
+
+    def record(
+        self, forward: Callable[[Tensor, AttentionPlan], Tensor], max_tokens: int, block_size: int
+    ) -> Callable[[Tensor, AttentionPlan], Tensor]:
+        """Call `forward` once and write down what it asks for; the result carries that out for other tokens and plans
+        in a single call (see `kernels.cpu.program`). Raises RuntimeError if `forward` computes by other means.
+        """
+        # Two tokens, so that the distance from row to row shows in every view.
+        recording = Recording(max(max_tokens, 2))
+        with torch.inference_mode(False):
+            token_ids = torch.zeros(recording.max_tokens, dtype=torch.int64)
+            tokens, plan = token_ids[:2], make_plan(AttentionMetadata([2], [2], [[0]], block_size))
+            self._recording = recording
+            try:
+                with torch.no_grad(), computing_is_an_error():
+                    result = forward(tokens, plan)
+            finally:
+                self._recording = None
+        return Program(self.team, recording, token_ids, result)
+
+    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows float32 [T, H]."""
+        own = _own_weight(weight)
+        if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
+            raise ValueError(f"token_ids must be int64 [T], got {token_ids.dtype} {tuple(token_ids.shape)}")
+        ids = token_ids.contiguous()
+        y = self._new("embedding", ids.shape[0], (own.in_features,))
+        numbers = (own.out_features, own.in_features, y.stride(0))
+        self._do(native.EMBEDDING, ids.shape[0], (ids, own.packed, own.scales, y), numbers, own.type)
+        return y
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
+        """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
+        return self._norm(x, None, weight, eps, quantize)[0]
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
+        if x.shape != residual.shape:
+            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+        return self._norm(x, residual, weight, eps, quantize)
+
+    def _norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quantize: bool
+    ) -> tuple[Activations, Tensor]:
+        if x.dim() != 2 or weight.shape != x.shape[1:]:
+            raise ValueError(f"weight must be [H] for x [T, H], got {tuple(weight.shape)} and {tuple(x.shape)}")
+        rows, width = x.shape
+        _check_width(width)
+        x, weight = _floats(x), _floats(weight)
+        total, other_stride = x, 0
+        if residual is not None:
+            residual = _floats(residual)
+            other_stride = residual.stride(0)
+            # May be the buffer that `residual` is in: each element is read before it is written.
+            total = self._new("total", rows, (width,))
+        y, values, scales = self._result("norm", rows, width, quantize)
+        numbers = (width, x.stride(0), other_stride, total.stride(0), values.stride(0))
+        self._do(native.NORM, rows, (x, residual, weight, total, values, scales), numbers, f=eps)
+        return y, total
+
+    def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
+        """x [T, K] -> x @ W^T + bias, float32 [T, N] (w8a8: the product is exact until it is scaled)."""
+        own = _own_weight(weight)
+        k = own.in_features
+        if isinstance(x, QuantizedActivations):
+            if own.mode != "w8a8":
+                raise ValueError(f"x is quantized; a weight of mode {own.mode!r} takes it unquantized")
+        else:
+            if x.dim() != 2 or x.shape[1] != k:
+                raise ValueError(f"x must be [T, {k}] for this weight, got {tuple(x.shape)}")
+            x = _floats(x)
+            if own.mode == "w8a8":
+                x = self._quantize(x)
+        scales: Tensor | None = None
+        if isinstance(x, QuantizedActivations):
+            if x.values.shape[1:] != (k,) or x.scales.shape != x.values.shape[:1]:
+                raise ValueError(f"x must be [T, {k}] for this weight, got {tuple(x.values.shape)}")
+            rows, scales = x.values, x.scales
+            if rows.stride(1) != 1 or rows.stride(0) < linear.padded(k):
+                rows = torch.nn.functional.pad(rows, (0, linear.padded(k) - k)).contiguous()
+        else:
+            rows = x
+        y = self._new("linear", rows.shape[0], (own.out_features,))
+        numbers = (own.out_features, k, rows.stride(0), y.stride(0))
+        self._do(native.LINEAR, rows.shape[0], (rows, scales, own.packed, own.scales, own.bias, y), numbers, own.type)
+        return y
+
+    def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
+        """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
+        return self._gated(gate_up, 0, quantize)
+
+    def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
+        """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
+        return self._gated(gate_up, 1, quantize)
+
+    def _gated(self, gate_up: Tensor, kind: int, quantize: bool) -> Activations:
+        if gate_up.dim() != 2 or gate_up.shape[1] % 2 != 0:
+            raise ValueError(f"gate_up must be [T, 2*I], got {tuple(gate_up.shape)}")
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        _check_width(width)
+        gate_up = _floats(gate_up)
+        y, values, scales = self._result("gated", rows, width, quantize)
+        self._do(native.GATED, rows, (gate_up, values, scales), (width, gate_up.stride(0), values.stride(0)), kind)
+        return y
+
+    def write_kv(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotary: RotaryTable,
+        kv_cache: KVCache,
+        plan: CpuPlan,
+        query_norm: Tensor | None = None,
+        key_norm: Tensor | None = None,
+        eps: float = 1e-6,
+    ) -> Tensor:
+        """Normalize (if asked) and rotate, write K and V in the cache's dtype, return the query, float32 [T, Hq, D]."""
+        cache = self._own_cache(kv_cache, plan)
+        tokens, spec = plan.num_tokens, cache.spec
+        if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != spec.head_dim:
+            raise ValueError(f"query must be [{tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
+        for name, tensor in (("key", key), ("value", value)):
+            if tuple(tensor.shape) != (tokens, spec.num_kv_heads, spec.head_dim):
+                expected = f"[{tokens}, {spec.num_kv_heads}, {spec.head_dim}]"
+                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
+        if rotary.rotary_dim > spec.head_dim:
+            raise ValueError(f"rotary turns {rotary.rotary_dim} elements; a head has {spec.head_dim}")
+        if (query_norm is None) != (key_norm is None):
+            raise ValueError("query_norm and key_norm must be given together")
+        if plan.longest > rotary.cos.shape[0]:
+            raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {plan.longest} tokens")
+        query, key, value = (_heads(tensor) for tensor in (query, key, value))
+        norms = [None if norm is None else _floats(norm) for norm in (query_norm, key_norm)]
+        rotated = self._new("query", tokens, tuple(query.shape[1:]))
+        if self._recording is not None:
+            self._recording.bound(max_positions=rotary.cos.shape[0], num_blocks=cache.num_blocks)
+            self._recording.kept.append((cache, rotary))
+        self._do(
+            native.WRITE_KV,
+            tokens,
+            (query, key, value, rotary.cos, rotary.sin, *norms, ctypes.addressof(cache.struct), rotated),
+            (query.shape[1], rotary.rotary_dim // 2, query.stride(0), key.stride(0), value.stride(0)),
+            f=eps,
+            plan=plan,
+        )
+        return rotated
+
+    def paged_attention(
+        self, query: Tensor, kv_cache: KVCache, plan: CpuPlan, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        """query [T, Hq, D] -> float32 [T, Hq * D]: causal attention, the cache read where it lies."""
+        cache = self._own_cache(kv_cache, plan)
+        spec = cache.spec
+        if query.dim() != 3 or query.shape[0] != plan.num_tokens or query.shape[2] != spec.head_dim:
+            raise ValueError(f"query must be [{plan.num_tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
+        heads = query.shape[1]
+        if heads % spec.num_kv_heads != 0:
+            raise ValueError(f"query has {heads} heads, not a multiple of the cache's {spec.num_kv_heads}")
+        if max(heads // spec.num_kv_heads, _PART_ROWS) * (2 * spec.head_dim + 82) > SCRATCH_FLOATS:
+            raise ValueError(f"query has {heads} heads over {spec.num_kv_heads}: too many for one key")
+        query = _floats(query)
+        if not query.is_contiguous():
+            query = query.contiguous()
+        y = self._new("attention", plan.num_tokens, (heads * spec.head_dim,))
+        self._do(
+            native.ATTENTION,
+            plan.num_tokens,
+            (query, ctypes.addressof(cache.struct), y),
+            (heads,),
+            f=scale,
+            softcap=softcap or 0.0,
+            plan=plan,
+        )
+        return y
+
+    def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
+        """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""
+        if logits.dim() != 2:
+            raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
+        return sample(logits, with_pending(metadata, pending), self._workspace, self.fallbacks)
+
+    def _quantize(self, x: Tensor) -> QuantizedActivations:
+        rows, width = x.shape
+        y, values, scales = self._result("quantize", rows, width, True)
+        self._do(native.QUANTIZE, rows, (x, values, scales), (width, x.stride(0), values.stride(0)))
+        assert isinstance(y, QuantizedActivations)
+        return y
+
+    def _result(self, name: str, rows: int, width: int, quantize: bool) -> tuple[Activations, Tensor, Tensor | None]:
+        """A result, its memory, and its scales if it is to be quantized: rows are then a multiple of 4 bytes long."""
+        if not quantize:
+            y = self._new(name, rows, (width,))
+            return y, y, None
+        values = self._new(f"{name} values", rows, (linear.padded(width),), torch.int8)
+        scales = self._new(f"{name} scales", rows, ())
+        return QuantizedActivations(values[:, :width], scales), values, scales
+
+    def _new(self, name: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        if self._recording is not None:
+            return self._recording.buffer(name, rows, shape, dtype)
+        return torch.empty((rows, *shape), dtype=dtype)
+
+    def _do(
+        self,
+        op: int,
+        rows: int,
+        pointers: Sequence[Tensor | int | None],
+        numbers: Sequence[int],
+        flags: int = 0,
+        f: float = 0.0,
+        softcap: float = 0.0,
+        plan: CpuPlan | None = None,
+    ) -> None:
+        """Carry a command out, or write it down: then for as many rows as a step will have tokens."""
+        recording = self._recording
+        made = native.command(op, -1 if recording is not None else rows, pointers, numbers, flags, f)
+        made.f[1] = softcap
+        if recording is None:
+            self.team.run(made, 1, None if plan is None else plan.struct)
+        else:
+            recording.commands.append(made)
+            recording.kept.append(pointers)
+
+    def _own_cache(self, cache: KVCache, plan: CpuPlan) -> CpuKVCache:
+        """Check that the cache is ours and fits the plan."""
+        if not isinstance(cache, CpuKVCache):
+            raise ValueError("kv_cache was not allocated by this backend")
+        if plan.block_size != cache.spec.block_size:
+            raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")
+        if plan.largest_block >= cache.num_blocks:
+            raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {cache.num_blocks} blocks")
+        return cache
+
+
+def _own_weight(weight: LinearWeight) -> CpuLinear:
+    if not isinstance(weight, CpuLinear):
+        raise ValueError("weight was not made by this backend's prepare_linear")
+    return weight
+
+
+def _check_width(width: int) -> None:
+    if width > SCRATCH_FLOATS:
+        raise ValueError(f"rows of {width} elements are too long; up to {SCRATCH_FLOATS} fit")
+
+
+def _floats(x: Tensor) -> Tensor:
+    """As float32 with neighbouring elements side by side: without a copy if it is so."""
+    x = x if x.dtype == torch.float32 else x.to(torch.float32)
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _heads(x: Tensor) -> Tensor:
+    """[T, heads, D] as float32 with a token's heads side by side, as in a view of a packed projection."""
+    x = _floats(x)
+    return x if x.stride(1) == x.shape[2] else x.contiguous()
