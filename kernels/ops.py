@@ -23,6 +23,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from kernels.sizes import kv_bytes_per_block
+
 QuantizationMode = Literal["none", "w8a16", "w8a8"]
 
 
@@ -44,8 +46,8 @@ class KVCacheSpec:
     @property
     def bytes_per_block(self) -> int:
         """Bytes that one block (`block_size` tokens, K and V) takes in this layer."""
-        scale_bytes = 4 if self.dtype == torch.int8 else 0
-        return 2 * self.block_size * self.num_kv_heads * (self.head_dim * self.dtype.itemsize + scale_bytes)
+        quantized = self.dtype == torch.int8
+        return kv_bytes_per_block(self.num_kv_heads, self.head_dim, self.block_size, self.dtype.itemsize, quantized)
 
 
 class KVCache(Protocol):

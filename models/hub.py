@@ -17,6 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # and no second copy of the weights (original/, consolidated.safetensors).
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
+_CONFIGURATION = ["config.json", "generation_config.json"]
 
 
 def resolve_model(
@@ -33,6 +34,25 @@ def resolve_model(
     cache is looked at.
     `progress` gets a line before a download begins and when it is done. Raises ModelError.
     """
+    folder = _local_folder(model, revision)
+    return folder or _from_hub(model, revision, offline, progress, _WANTED, _with_weights)
+
+
+def resolve_config(
+    model: str,
+    revision: str | None = None,
+    *,
+    offline: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Path:
+    """`resolve_model` for those who only want to read the configuration: of a Hub model, nothing else is downloaded,
+    and a folder need not hold weights. Raises ModelError."""
+    folder = _local_folder(model, revision)
+    return folder or _from_hub(model, revision, offline, progress, _CONFIGURATION, _with_config)
+
+
+def _local_folder(model: str, revision: str | None) -> Path | None:
+    """The folder of a built-in model or one of this machine; None for what can only be a Hub id. Raises ModelError."""
     if model in BUILT_IN_MODELS:
         folder = BUILT_IN_MODELS[model]
         if not (folder / "config.json").is_file():
@@ -47,10 +67,17 @@ def resolve_model(
         raise ModelError(f"{model} is a file; give the folder that holds config.json and *.safetensors")
     if not _HUB_ID.fullmatch(model):
         raise ModelError(f"there is no folder {model!r}; check the path, or give a Hub id like Qwen/Qwen3-0.6B")
-    return _from_hub(model, revision, offline, progress)
+    return None
 
 
-def _from_hub(model: str, revision: str | None, offline: bool, progress: Callable[[str], None] | None) -> Path:
+def _from_hub(
+    model: str,
+    revision: str | None,
+    offline: bool,
+    progress: Callable[[str], None] | None,
+    wanted: list[str],
+    check: Callable[[Path, str], Path],
+) -> Path:
     # Imported here: it takes half a second and most starts need only a folder.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -67,7 +94,7 @@ def _from_hub(model: str, revision: str | None, offline: bool, progress: Callabl
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=_WANTED,
+                allow_patterns=wanted,
                 ignore_patterns=_UNWANTED,
                 local_files_only=local_files_only,
             )
@@ -76,13 +103,13 @@ def _from_hub(model: str, revision: str | None, offline: bool, progress: Callabl
     at = f" at revision {revision}" if revision else ""
     try:
         if offline:
-            return _with_weights(download(local_files_only=True), model)
+            return check(download(local_files_only=True), model)
         if progress is not None:
             progress(f"Looking up {model}{at} on the Hugging Face Hub")
         folder = download(local_files_only=False)
         if progress is not None:
             progress(f"{model}{at} is in {folder}")
-        return _with_weights(folder, model)
+        return check(folder, model)
     except ModelError:
         raise
     except GatedRepoError:
@@ -125,3 +152,10 @@ def _with_weights(folder: Path, model: str) -> Path:
         f"{model} has no safetensors weights on the Hub, and other formats are not read; look for a revision or a "
         "repository that has them, or convert: AutoModelForCausalLM.from_pretrained(model).save_pretrained(new_folder)"
     )
+
+
+def _with_config(folder: Path, model: str) -> Path:
+    """Pass `folder` on if it has a configuration."""
+    if (folder / "config.json").is_file():
+        return folder
+    raise ModelError(f"{model} has no config.json on the Hub; look for a repository in the Hugging Face layout")

@@ -1,6 +1,7 @@
 """How much memory there is, and how it is shared between weights, KV cache and workspace.
 
-Arithmetic on numbers that the callers bring, so that it can be tested without the device they stand for.
+Arithmetic on numbers that the callers bring, so that it can be tested without the device they stand for. No torch: the
+planner (server/planner) uses it where there is none.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from kernels.ops import KVCacheSpec
 from server.engine.config import EngineConfig
 
 # The share of the memory still free after loading that the KV cache may take unasked. The rest is for activations, the
@@ -25,6 +26,20 @@ GRAPH_BYTES = 16 << 20
 
 class MemorySettingError(Exception):
     """The settings ask for more than the machine or the model has: one line for a person, with the numbers."""
+
+
+class BlockSpec(Protocol):
+    """What a layer's part of the cache is made of: a kernels.ops.KVCacheSpec, or the planner's sum of them."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        ...
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of a block."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +94,7 @@ def available_memory_bytes() -> int:
 
 
 def plan_kv_cache(
-    specs: Sequence[KVCacheSpec],
+    specs: Sequence[BlockSpec],
     config: EngineConfig,
     max_positions: int,
     free_bytes: int,
@@ -120,7 +135,7 @@ def plan_kv_cache(
 
 
 def plan_gpu_kv_cache(
-    specs: Sequence[KVCacheSpec], config: EngineConfig, max_positions: int, use: GpuUse
+    specs: Sequence[BlockSpec], config: EngineConfig, max_positions: int, use: GpuUse
 ) -> KVCachePlan:
     """`plan_kv_cache` within the engine's share of a GPU. MemorySettingError says how much is missing, and which
     settings would make room."""
@@ -144,7 +159,7 @@ def plan_gpu_kv_cache(
         ) from None
 
 
-def _ways_out(config: EngineConfig, specs: Sequence[KVCacheSpec], use: GpuUse, missing: int) -> list[str]:
+def _ways_out(config: EngineConfig, specs: Sequence[BlockSpec], use: GpuUse, missing: int) -> list[str]:
     """Settings that would save memory, those that suffice by themselves first."""
     block_bytes = sum(spec.bytes_per_block for spec in specs)
     ways: list[tuple[bool, str]] = []
