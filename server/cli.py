@@ -1,4 +1,4 @@
-"""The command line: `stet serve [MODEL]` and `stet version`.
+"""The command line: `stet serve [MODEL]`, `stet evaluate [MODEL]` and `stet version`.
 
 The order of a start is what makes it short: read the flags, take the port, start the engine process, and only then
 import the web stack, while the engine imports torch.
@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
 
             print(f"stet {VERSION}")
             return EXIT_OK
+        if flags.command == "evaluate":
+            return _evaluate(flags)
         return _serve(flags, engine_command, began)
     finally:
         for number, handler in before.items():
@@ -70,8 +72,75 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_flags(serve)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure what a quantization costs",
+        description="Measure a model as it would be served against the same model unquantized: perplexity, divergence, "
+        "agreement, error per layer; write it as a receipt into the model's folder, where /info finds it.",
+        allow_abbrev=False,
+    )
+    _add_evaluate_flags(evaluate)
     commands.add_parser("version", help="print the version", allow_abbrev=False)
     return parser.parse_args(arguments)
+
+
+def _add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    from pathlib import Path
+
+    from server.config import add_flags
+
+    names = ("model", "revision", "offline", "device", "dtype", "quantization", "kv_cache_dtype", "threads")
+    add_flags(parser, names)
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="what to read (default: held-out text of the embedded model)"
+    )
+    parser.add_argument(
+        "--against", metavar="MODEL", help="the unquantized model (default: MODEL itself, loaded unquantized)"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=_count_of,
+        default=100_000,
+        metavar="COUNT",
+        help="tokens of the text at most (%(default)s)",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_count_of,
+        default=100,
+        metavar="COUNT",
+        help="tasks of the embedded model for each kind and number of examples (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=("table", "head", "both"),
+        help="leave the token table, the head or both unquantized, to see what theirs costs; writes no receipt",
+    )
+    parser.add_argument("--json", action="store_true", help="print the receipt instead of a table")
+
+
+def _count_of(text: str) -> int:
+    import argparse
+
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to 999999999")
+    return int(text)
+
+
+def _evaluate(flags: argparse.Namespace) -> int:
+    from server.config import ConfigError, resolve
+
+    try:
+        settings = resolve(vars(flags), os.environ)
+    except ConfigError as error:
+        return _fail(str(error), EXIT_USAGE)
+    for number in _SIGNALS:  # there is nothing to drain, and a measurement that was cut off has not succeeded
+        signal.signal(number, signal.SIG_DFL)
+    # Here, because it imports torch.
+    from server.evaluate import Measurement, run
+
+    measurement = Measurement(flags.text, flags.max_tokens, flags.tasks, flags.against, flags.keep)
+    return run(settings, measurement, flags.json)
 
 
 def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: float) -> int:

@@ -12,7 +12,7 @@ import dataclasses
 import ipaddress
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -211,9 +211,12 @@ class OneLineParser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each setting. Values stay text here, so that flags and variables are read by the same code."""
+def add_flags(parser: argparse.ArgumentParser, names: Collection[str] = tuple(FIELDS)) -> None:
+    """One flag for each setting of `names`. Values stay text here, so that flags and variables are read by the same
+    code."""
     for name, field in FIELDS.items():
+        if name not in names:
+            continue
         text = f"{field.metadata['help']} (default: {field.metadata['shown']}; {variable(name)})".replace("%", "%%")
         if name == "model":
             parser.add_argument(name, nargs="?", default=None, metavar="MODEL", help=text)

@@ -76,8 +76,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.engine.request",
     ),
     "server.config": ("server.engine.config", "server.version"),
+    "server.evaluate": ("server.config", "server.engine", "server.version", "models", "kernels"),
     "server.cli": (
         "server.config",
+        "server.evaluate",
         "server.http",
         "server.service",
         "server.supervisor",

@@ -66,6 +66,18 @@ def nats(model: Decoder, rows: Sequence[Sequence[int]]) -> Tensor:
     return (losses * (torch.arange(losses.shape[1], device=ids.device) < lengths[:, None])).sum(1)
 
 
+def spelled_out(tokenizer: Tokenizer, tasks: Sequence[Task]) -> list[tuple[list[int], int]]:
+    """Of each task the ids of prompt and right answer, and how many of them are the prompt's."""
+    found = []
+    for task in tasks:
+        pieces = task.pieces()
+        ids, _ = encode(tokenizer, ((BEGIN, False), *pieces))
+        answers = 1 + next(i for i, (_, counts) in enumerate(reversed(pieces)) if not counts)
+        prompt, _ = encode(tokenizer, ((BEGIN, False), *pieces[: len(pieces) - answers + 1]))
+        found.append((ids, len(prompt)))
+    return found
+
+
 @torch.inference_mode()
 def exact_match(model: Decoder, tokenizer: Tokenizer, tasks: Sequence[Task]) -> float:
     """Share of tasks whose greedy answer is right to the letter and ends where it should.
@@ -75,18 +87,11 @@ def exact_match(model: Decoder, tokenizer: Tokenizer, tasks: Sequence[Task]) -> 
     """
     right = total = 0
     for start in range(0, len(tasks), 16):
-        prompts, rows = [], []
-        for task in tasks[start : start + 16]:
-            pieces = task.pieces()
-            ids, _ = encode(tokenizer, ((BEGIN, False), *pieces))
-            answers = 1 + next(i for i, (_, counts) in enumerate(reversed(pieces)) if not counts)
-            prompt, _ = encode(tokenizer, ((BEGIN, False), *pieces[: len(pieces) - answers + 1]))
-            prompts.append(len(prompt))
-            rows.append(ids)
-        ids_ = padded(rows, next(model.parameters()).device)
+        spelled = spelled_out(tokenizer, tasks[start : start + 16])
+        ids_ = padded([row for row, _ in spelled], next(model.parameters()).device)
         best = model.logits(ids_).argmax(-1)
-        for i, row in enumerate(rows):
-            begin, end = prompts[i] - 1, len(row) - 1
+        for i, (row, prompt) in enumerate(spelled):
+            begin, end = prompt - 1, len(row) - 1
             right += bool((best[i, begin:end] == ids_[i, begin + 1 : end + 1]).all())
             total += 1
     return right / max(1, total)
