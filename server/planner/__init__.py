@@ -1,0 +1,1 @@
+"""What a model will need and how fast it will be, before anything of it is loaded (docs/planner.md). No torch but in `probe`."""

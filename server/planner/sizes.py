@@ -1,0 +1,154 @@
+"""Bytes of a model's weights, KV cache and activations, as the backends keep them, from its configuration alone.
+
+The layouts are those of kernels/cpu/linear.py, kernels/portable/linear.py and kernels/cuda/linear.py; a test holds the
+sums to what the backends say of models that they have loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from kernels.sizes import SCALE_BYTES, kv_bytes_per_block
+from models.config import ModelConfig
+
+ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+MODES = ("none", "w8a16", "w8a8")
+_LANES = 16  # output features of a panel in the compiled CPU kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """How a device keeps a model.
+
+    name              "cpu" (the compiled kernels), "portable" (torch's operators) or "cuda", as in /info
+    weight_dtype      what weights that are not quantized become; None: they stay as the checkpoint has them
+    activation_dtype  of activations, and of the weights of norms
+    kv_dtypes         --kv-cache-dtype -> the checkpoint's dtype -> what K and V are stored as; what is not to be had is
+                      left out
+    modes             the quantization modes that there are
+    block_size        tokens of a KV block
+    dot_group         cpu: how many input features of a w8a8 weight lie side by side
+    """
+
+    name: Literal["cpu", "portable", "cuda"]
+    weight_dtype: str | None
+    activation_dtype: str
+    kv_dtypes: Mapping[str, Mapping[str, str]]
+    modes: tuple[str, ...]
+    block_size: int
+    dot_group: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """`count` weights [n, k] of a model. `role`: "layer" (read in every step, once a layer), "head" or "table".
+
+    A tied head and table are one weight of the role "head" that is an `embedding` as well.
+    """
+
+    name: str
+    n: int
+    k: int
+    bias: bool
+    count: int
+    role: Literal["layer", "head", "table"]
+    embedding: bool = False
+
+    @property
+    def num_weights(self) -> int:
+        """Of all `count`."""
+        return self.n * self.k * self.count
+
+
+def linear_shapes(config: ModelConfig) -> list[LinearShape]:
+    """Every weight of a Llama that is multiplied or looked up, stacked as models/layers.py stacks them."""
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_layers
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes = [
+        LinearShape("qkv", q + 2 * kv, hidden, config.attention_bias, layers, "layer"),
+        LinearShape("output", hidden, q, config.attention_output_bias, layers, "layer"),
+        LinearShape("gate_up", 2 * inner, hidden, config.mlp_bias, layers, "layer"),
+        LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
+    ]
+    if config.tie_word_embeddings:
+        return [*shapes, LinearShape("head", config.vocab_size, hidden, False, 1, "head", embedding=True)]
+    table = LinearShape("table", config.vocab_size, hidden, False, 1, "table", embedding=True)
+    return [*shapes, table, LinearShape("head", config.vocab_size, hidden, False, 1, "head")]
+
+
+def linear_bytes(shape: LinearShape, mode: str, backend: Backend, stored_dtype: str) -> int:
+    """Bytes of all `count` weights as prepared: values with padding, scales and biases."""
+    n, k = shape.n, shape.k
+    itemsize = ITEMSIZE[backend.weight_dtype or stored_dtype]
+    # The compiled kernels add biases to their float32 sums; the others keep them in the type that they compute in.
+    bias = n * ITEMSIZE[backend.activation_dtype] if shape.bias else 0
+    rows = -(-n // _LANES) * _LANES if backend.name == "cpu" else n
+    if mode == "none":
+        weight = rows * k * itemsize
+        if backend.name == "portable" and shape.embedding:
+            weight *= 2  # a packed weight cannot be read by rows: the table is kept beside it
+    else:
+        columns = k
+        if backend.name == "cpu" and mode == "w8a8":
+            columns = -(-k // backend.dot_group) * backend.dot_group
+        weight = rows * columns + n * SCALE_BYTES
+    return (weight + bias) * shape.count
+
+
+@dataclass(frozen=True, slots=True)
+class WeightBytes:
+    """Bytes of a model in memory by part. linears: token table and head included; rotary: cosines and sines."""
+
+    linears: int
+    norms: int
+    rotary: int
+
+    @property
+    def total(self) -> int:
+        """What the server reports as stet_memory_bytes{kind="weights"}."""
+        return self.linears + self.norms + self.rotary
+
+
+def weight_bytes(config: ModelConfig, mode: str, backend: Backend) -> WeightBytes:
+    """The weights of a model in a quantization mode."""
+    linears = sum(linear_bytes(shape, mode, backend, config.dtype) for shape in linear_shapes(config))
+    norm_values = (2 * config.num_layers + 1) * config.hidden_size
+    norm_values += 2 * config.num_layers * config.head_dim * config.qk_norm
+    # float32 cos and sin of every position; a second pair, which does not rotate, for layers without positions.
+    tables = len(set(config.rotary_layers))
+    rotary = tables * 2 * config.max_position_embeddings * (config.head_dim // 2) * 4
+    return WeightBytes(linears, norm_values * ITEMSIZE[backend.activation_dtype], rotary)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBytes:
+    """A KV block of all layers together: a server.engine.memory.BlockSpec."""
+
+    block_size: int
+    bytes_per_block: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of all layers, K and V."""
+        return self.bytes_per_block // self.block_size
+
+
+def kv_block(config: ModelConfig, kv_dtype: str, block_size: int) -> BlockBytes:
+    """What a block of `block_size` tokens takes. kv_dtype: what K and V are stored as."""
+    heads, dim, itemsize = config.num_kv_heads, config.head_dim, ITEMSIZE[kv_dtype]
+    layer = kv_bytes_per_block(heads, dim, block_size, itemsize, quantized=kv_dtype == "int8")
+    return BlockBytes(block_size, config.num_layers * layer)
+
+
+def workspace_bytes(config: ModelConfig, backend: Backend, max_tokens: int, max_rows: int) -> int:
+    """Activations of the largest step, an estimate: `max_tokens` tokens through one layer, `max_rows` rows of logits.
+
+    Counted is what a layer's operators hand on: the residual stream twice, the norm's and the output's rows, q, k and v
+    before and q after the rotation, attention's output, gate, up and their product.
+    """
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    values = 4 * config.hidden_size + 3 * q + 2 * kv + 3 * config.intermediate_size
+    logits = max_rows * config.vocab_size * 4
+    return max_tokens * values * ITEMSIZE[backend.activation_dtype] + logits
