@@ -219,6 +219,7 @@ class Service:
             }
             known["memory_bytes"] = ready.memory_bytes
             known["startup_seconds"] = ready.startup_seconds
+            known["receipt"] = ready.receipt
         if self._text is not None:
             known["chat_template"] = self._text.template is not None
             known["defaults"] = {

@@ -8,6 +8,7 @@ sends `Submit`, `Abort` and `Shutdown`; the engine sends one `StepOutput` a step
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import msgspec
 
@@ -49,6 +50,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """The engine is warm. The limits here are the engine's own; it validates against them again.
 
     `fallbacks`: how often each operator took its slower path, by operator, while the engine started.
+    `receipt`: the quality receipt of what is served (server/engine/receipts.py), as JSON values; None if there is none.
     """
 
     identity: Identity
@@ -62,6 +64,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     model_path: str
     startup_seconds: dict[str, float]
     fallbacks: dict[str, int] = {}
+    receipt: dict[str, Any] | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

@@ -41,6 +41,7 @@ from server.engine.messages import (
     encode,
 )
 from server.engine.plan import DeviceFault
+from server.engine.receipts import find_receipt
 from server.engine.request import FinishReason, Request
 from server.engine.scheduler import AdmissionError
 from server.logs import configure_logging
@@ -265,6 +266,7 @@ def _ready(engine: Engine, build_seconds: float, fallbacks: dict[str, int]) -> R
         model_path=str(engine.model_path),
         startup_seconds={**engine.startup_seconds, "import": build_seconds - sum(engine.startup_seconds.values())},
         fallbacks=fallbacks,
+        receipt=find_receipt(engine.model_path, engine.identity),
     )
 
 
