@@ -19,13 +19,14 @@ from kernels.ops import KVCacheSpec
 from models.config import ModelConfig
 from models.layers import DecoderModel
 from server.engine.config import EngineConfig
-from server.engine.cuda_runner import CudaRunner, decode_buckets
+from server.engine.cuda_runner import CudaRunner
 from server.engine.invariance import rows_agree
 from server.engine.memory import (
     GpuUse,
     KVCachePlan,
     available_memory_bytes,
     check_weights,
+    decode_buckets,
     plan_gpu_kv_cache,
     plan_kv_cache,
 )

@@ -28,6 +28,7 @@ from kernels.cuda.plan import DecodeBatch, select_tokens
 from kernels.ops import KVCache, SampleResult, SamplingMetadata
 from models.layers import DecoderModel
 from server.engine.batch import SamplingBuilder, build_batch
+from server.engine.memory import decode_buckets
 from server.engine.plan import DeviceFault, PlannedRequest, RowResult, StepPlan, StepResult
 from server.engine.request import Request, SamplingParams
 from server.engine.runner import NOT_FINITE
@@ -36,16 +37,6 @@ logger = logging.getLogger(__name__)
 
 # Steps whose results may wait to be collected: one more than the pipeline has, so that none is overwritten.
 _RESULT_SLOTS = 3
-
-
-def decode_buckets(max_running: int) -> list[int]:
-    """The numbers of rows that decode steps are padded to: 1, 2, 4, then multiples of 8, and of 64 above 512, where
-    some padding is a small part of a step and every graph takes memory and time to capture."""
-    buckets = [1, 2, 4]
-    while buckets[-1] < max_running:
-        last = buckets[-1]
-        buckets.append(8 if last == 4 else last + (8 if last < 512 else 64))
-    return [bucket for index, bucket in enumerate(buckets) if index == 0 or buckets[index - 1] < max_running]
 
 
 @contextmanager

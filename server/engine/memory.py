@@ -79,6 +79,16 @@ class GpuUse:
         return int(self.total * fraction) - self.foreign - self.peak - self.graph_reserve
 
 
+def decode_buckets(max_running: int) -> list[int]:
+    """The numbers of rows that decode steps are padded to: 1, 2, 4, then multiples of 8, and of 64 above 512, where
+    some padding is a small part of a step and every graph takes memory and time to capture."""
+    buckets = [1, 2, 4]
+    while buckets[-1] < max_running:
+        last = buckets[-1]
+        buckets.append(8 if last == 4 else last + (8 if last < 512 else 64))
+    return [bucket for index, bucket in enumerate(buckets) if index == 0 or buckets[index - 1] < max_running]
+
+
 def available_memory_bytes() -> int:
     """Bytes that this process may still take: of the machine, or of its control group if that is less."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -18,7 +18,8 @@ from models.layers import DecoderModel
 from models.loader import random_model
 from server.engine.config import SchedulerConfig
 from server.engine.core import EngineCore
-from server.engine.cuda_runner import BlockTableRows, CudaRunner, decode_buckets, device_faults
+from server.engine.cuda_runner import BlockTableRows, CudaRunner, device_faults
+from server.engine.memory import decode_buckets
 from server.engine.plan import DeviceFault, PlannedRequest, RowResult, StepPlan
 from server.engine.request import FinishReason, Request, SamplingParams
 from server.engine.runner import Runner
