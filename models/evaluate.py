@@ -35,8 +35,8 @@ HELDOUT_DOCUMENTS = 400
 Progress = Callable[[str, float], None]
 
 
-def _silent(what: str, share: float) -> None:
-    pass
+def silent(what: str, share: float) -> None:
+    """Tell nobody."""
 
 
 # What is read
@@ -238,7 +238,7 @@ class Reader:
         return self.log_probabilities(hidden).argmax(-1)
 
 
-def _steps(rows: Sequence[Sequence[int]]) -> Iterator[range]:
+def steps(rows: Sequence[Sequence[int]]) -> Iterator[range]:
     """Cut the rows, in their order, into steps of STEP_TOKENS tokens at most (or of one row that is longer)."""
     start = tokens = 0
     for index, row in enumerate(rows):
@@ -268,7 +268,7 @@ class Comparison:
     layer_errors: tuple[float, ...]
 
 
-def compare(base: Reader, other: Reader, rows: Sequence[Sequence[int]], progress: Progress = _silent) -> Comparison:
+def compare(base: Reader, other: Reader, rows: Sequence[Sequence[int]], progress: Progress = silent) -> Comparison:
     """Predict every token of `rows` but their first ones with both models. They must share a vocabulary.
 
     Raises ValueError if there is no token to predict, ModelError for logits that are not finite.
@@ -279,7 +279,7 @@ def compare(base: Reader, other: Reader, rows: Sequence[Sequence[int]], progress
     errors = torch.zeros(num_layers, dtype=torch.float64, device=device)
     agreed = predicted = read = 0
     total = sum(map(len, rows))
-    for step in _steps(rows):
+    for step in steps(rows):
         some = [rows[index] for index in step]
         streams: list[Tensor] = []
 
@@ -337,7 +337,7 @@ def _perplexity(nats: float) -> float:
         ) from None
 
 
-def exact_match(reader: Reader, answers: Sequence[Answer], progress: Progress = _silent) -> float:
+def exact_match(reader: Reader, answers: Sequence[Answer], progress: Progress = silent) -> float:
     """Share of the answers that greedy decoding spells to the letter and ends where it should.
 
     It does so exactly if, reading prompt and right answer, the most likely next token is the answer's at each of its
@@ -348,7 +348,7 @@ def exact_match(reader: Reader, answers: Sequence[Answer], progress: Progress = 
     right = 0
     rows = [answer.ids for answer in answers]
     vocab = reader.model.config.vocab_size
-    for step in _steps(rows):
+    for step in steps(rows):
         hidden = reader.hidden([rows[index] for index in step])
         offset = 0
         for index in step:
