@@ -16,7 +16,7 @@ whole, in chunks, or was computed again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -317,6 +317,18 @@ class Ops(Protocol):
         query [T, Hq, D] -> [T, Hq * D]. Query head h reads KV head h // (Hq / Hkv). Scores are scaled, then capped by
         softcap * tanh(score / softcap) if given; softmax and sums in float32. The layer's sliding window is in
         `kv_cache.spec`.
+        """
+        ...
+
+    def record(
+        self, forward: Callable[[Tensor, AttentionPlan], Tensor], max_tokens: int, block_size: int
+    ) -> Callable[[Tensor, AttentionPlan], Tensor]:
+        """A function that does what `forward` does, perhaps faster: it may call it now, once, and write down what it
+        asks for.
+
+        forward(token_ids int64 [T], plan) -> [T, ...] calls methods of this object and looks at tensors in other ways;
+        it computes by no other means and does not depend on values. T is up to `max_tokens`, plans have blocks of
+        `block_size`. The result of a call is valid until the next one.
         """
         ...
 

@@ -7,6 +7,7 @@ promise row invariance to the bit: its matrix products are whatever torch picks 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.ops import (
     Activations,
     AttentionMetadata,
+    AttentionPlan,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -246,6 +248,12 @@ class ReferenceOps:
             probabilities = scores.masked_fill(~visible, float("-inf")).softmax(-1)
             outputs.append(torch.einsum("hqk,khd->qhd", probabilities, v))
         return torch.cat(outputs).flatten(1)
+
+    def record(
+        self, forward: Callable[[Tensor, AttentionPlan], Tensor], max_tokens: int, block_size: int
+    ) -> Callable[[Tensor, AttentionPlan], Tensor]:
+        """`forward` itself: nothing is gained by writing it down here."""
+        return forward
 
     def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
         """logits [R, V] -> one token a row, by the rule of `kernels.sampling`.

@@ -420,7 +420,8 @@ def bench_model(
             try:
                 device = make_device(engine_config)
                 model = take_weights(peer, shape, device, cast(QuantizationMode, mode))
-                core, _ = start_core(device, model, engine_config)
+                kv_dtype = device.kv_cache_dtype(engine_config.kv_cache_dtype, model.config)
+                core, _ = start_core(device, model, engine_config, kv_dtype)
             except torch.OutOfMemoryError:
                 say(f"{name} {mode}: does not fit into the memory; left out")
                 continue

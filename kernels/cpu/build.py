@@ -23,7 +23,7 @@ SOURCES = HERE / "csrc"
 LIBRARIES = HERE / "lib"
 
 # -ffp-contract=off: products and sums are fused where the source says so, and nowhere else, whatever the compiler.
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
+FLAGS = ("-O2", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra")
 # GCC's own headers for AVX-512 start from variables that are deliberately left undefined.
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unused-function")
 X86_SETS = {

@@ -2,7 +2,10 @@
 
     "none"    [N / 16][K][16] in the checkpoint's type     y is a chain of multiply-adds along k, in float32
     "w8a16"   the same in int8                             the same, times the feature's scale
-    "w8a8"    [N / 16][K / 4][16][4] in int8               exact integers, times the row's and the feature's scale
+    "w8a8"    [N / 16][K / g][16][g] in int8               exact integers, times the row's and the feature's scale
+
+g is what the instruction set multiplies at once (`Team.group_of`): four 8-bit integers, or two of 16 bits where the
+instructions for 8 bits are not exact (AVX2).
 
 A row of any of them can be read back, so that a tied head and the table of token vectors are one weight.
 
@@ -45,7 +48,11 @@ class CpuLinear:
 
 
 def pack(
-    weight: Tensor | QuantizedWeight, bias: Tensor | None, mode: QuantizationMode, dtype: torch.dtype | None
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    mode: QuantizationMode,
+    dtype: torch.dtype | None,
+    group_of: int,
 ) -> CpuLinear:
     """Pack a weight. dtype: what an unquantized one is stored as; None: as it is (float64 becomes float32).
 
@@ -68,14 +75,14 @@ def pack(
         return CpuLinear(n, k, mode, packed, scales, own_bias, TYPES[torch.int8])
     if k > MAX_DOT_FEATURES:
         raise ValueError(f"weight has {k} input features; the int32 sums of w8a8 hold up to {MAX_DOT_FEATURES}")
-    packed = _empty(panels * LANES * padded(k), torch.int8)
-    library().stet_pack_dot(values.data_ptr(), n, k, packed.data_ptr())
+    packed = _empty(panels * LANES * padded(k, group_of), torch.int8)
+    library().stet_pack_dot(values.data_ptr(), n, k, group_of, packed.data_ptr())
     return CpuLinear(n, k, mode, packed, scales, own_bias, INT8_DOT)
 
 
-def padded(features: int) -> int:
-    """How many bytes a quantized row of so many features takes: whole groups of four."""
-    return -(-features // 4) * 4
+def padded(features: int, group_of: int) -> int:
+    """How many integers a quantized row of so many features takes: whole groups."""
+    return -(-features // group_of) * group_of
 
 
 def _empty(size: int, dtype: torch.dtype) -> Tensor:

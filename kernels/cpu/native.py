@@ -93,9 +93,10 @@ def library() -> ctypes.CDLL:
     loaded.stet_free.argtypes = (c_void_p,)
     loaded.stet_kernels.restype = ctypes.c_char_p
     loaded.stet_kernels.argtypes = (c_void_p,)
+    loaded.stet_group_of.argtypes = (c_void_p,)
     loaded.stet_run.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
     loaded.stet_pack.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
-    loaded.stet_pack_dot.argtypes = (c_void_p, c_int64, c_int64, c_void_p)
+    loaded.stet_pack_dot.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
     loaded.stet_large_pages.argtypes = (c_void_p, c_int64)
     for name in ("stet_free", "stet_run", "stet_pack", "stet_pack_dot", "stet_large_pages"):
         getattr(loaded, name).restype = None
@@ -108,14 +109,16 @@ class Team:
     def __init__(self, num_threads: int, kernels: str | None = None) -> None:
         """kernels: "avx512", "avx2" or "generic"; None: the best of this processor. Raises LibraryMissing, and
         ValueError for kernels that the processor does not run."""
-        self._library = library()
         self._handle = None
+        self._library = library()
         handle = self._library.stet_team(num_threads, None if kernels is None else kernels.encode())
         if not handle:
             raise ValueError(f"kernels is {kernels!r}; this processor does not run them")
         self._handle = handle
         self.num_threads = num_threads
         self.kernels: str = self._library.stet_kernels(handle).decode()
+        # How many integers of a quantized row take four bytes: what these kernels multiply at once.
+        self.group_of: int = self._library.stet_group_of(handle)
         self._run = self._library.stet_run
         self._process = os.getpid()
 

@@ -65,6 +65,7 @@ class CpuOps:
         self.weight_dtype = dtype
         self.fallbacks: Counter[str] = Counter()
         self.team = Team(threads or torch.get_num_threads(), kernels)
+        self._row_dtype = torch.int8 if self.team.group_of == 4 else torch.int16
         self._recording: Recording | None = None
         self._workspace = Workspace()
 
@@ -77,7 +78,7 @@ class CpuOps:
     ) -> LinearWeight:
         """Pack the weight into panels of 16 output features (`kernels.cpu.linear`)."""
         check_weight(weight, bias, mode)
-        return linear.pack(weight, bias, mode, self.weight_dtype)
+        return linear.pack(weight, bias, mode, self.weight_dtype, self.team.group_of)
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
         """Zeroed. Raises ValueError for block sizes that are no multiple of 16."""
@@ -166,8 +167,9 @@ class CpuOps:
             if x.values.shape[1:] != (k,) or x.scales.shape != x.values.shape[:1]:
                 raise ValueError(f"x must be [T, {k}] for this weight, got {tuple(x.values.shape)}")
             rows, scales = x.values, x.scales
-            if rows.stride(1) != 1 or rows.stride(0) < linear.padded(k):
-                rows = torch.nn.functional.pad(rows, (0, linear.padded(k) - k)).contiguous()
+            width = self._padded(k)
+            if rows.dtype != self._row_dtype or rows.stride(1) != 1 or rows.stride(0) < width:  # made by somebody else
+                rows = torch.nn.functional.pad(rows.to(self._row_dtype), (0, width - k)).contiguous()
         else:
             rows = x
         y = self._new("linear", rows.shape[0], (own.out_features,))
@@ -278,13 +280,16 @@ class CpuOps:
         return y
 
     def _result(self, name: str, rows: int, width: int, quantize: bool) -> tuple[Activations, Tensor, Tensor | None]:
-        """A result, its memory, and its scales if it is to be quantized: rows are then a multiple of 4 bytes long."""
+        """A result, its memory, and its scales if it is to be quantized: to integers as the kernels multiply them."""
         if not quantize:
             y = self._new(name, rows, (width,))
             return y, y, None
-        values = self._new(f"{name} values", rows, (linear.padded(width),), torch.int8)
+        values = self._new(f"{name} values", rows, (self._padded(width),), self._row_dtype)
         scales = self._new(f"{name} scales", rows, ())
         return QuantizedActivations(values[:, :width], scales), values, scales
+
+    def _padded(self, features: int) -> int:
+        return linear.padded(features, self.team.group_of)
 
     def _new(self, name: str, rows: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         if self._recording is not None:

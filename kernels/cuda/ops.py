@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from kernels.cuda.workspace import Workspace
 from kernels.ops import (
     Activations,
     AttentionMetadata,
+    AttentionPlan,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -147,6 +149,12 @@ class CudaOps:
         """query [T, Hq, D] -> [T, Hq * D] (see `kernels.cuda.attention`)."""
         cache = self._own_cache(kv_cache, plan)
         return attention.paged_attention(query, cache, plan, scale, softcap, self._workspace)
+
+    def record(
+        self, forward: Callable[[Tensor, AttentionPlan], Tensor], max_tokens: int, block_size: int
+    ) -> Callable[[Tensor, AttentionPlan], Tensor]:
+        """`forward` itself: nothing is gained by writing it down here."""
+        return forward
 
     def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
         """logits [R, V] -> one token a row (see `kernels.cuda.sampling`)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from kernels.checks import check_weight
 from kernels.ops import (
     Activations,
     AttentionMetadata,
+    AttentionPlan,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -192,6 +194,12 @@ class PortableOps:
         own = query.to(spec.dtype).contiguous()
         output = attention.paged_attention(own, cache, plan, scale, softcap, one_height, self._workspace)
         return output.to(self.dtype)
+
+    def record(
+        self, forward: Callable[[Tensor, AttentionPlan], Tensor], max_tokens: int, block_size: int
+    ) -> Callable[[Tensor, AttentionPlan], Tensor]:
+        """`forward` itself: nothing is gained by writing it down here."""
+        return forward
 
     def sample(self, logits: Tensor, metadata: SamplingMetadata, pending: Tensor | None = None) -> SampleResult:
         """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""

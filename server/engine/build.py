@@ -21,7 +21,7 @@ from models.layers import DecoderModel
 from models.loader import LoadProgress, load_config, load_model, resolve_model, weights_hash
 from server.engine.config import EngineConfig, SchedulerConfig
 from server.engine.core import EngineCore
-from server.engine.device import Device, StartupError, dtype_name, kv_cache_dtype, make_device
+from server.engine.device import Device, StartupError, dtype_name, make_device
 from server.engine.identity import Identity
 from server.engine.memory import KVCachePlan, MemorySettingError
 from server.engine.plan import PlannedRequest, StepPlan, StepRunner
@@ -82,7 +82,6 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
     started = time.perf_counter()
     device = make_device(config)
     ops = device.ops
-    kv_cache_dtype(config.kv_cache_dtype, ops.dtype)  # before minutes of loading
     path = resolve_model(
         config.model,
         config.revision,
@@ -93,17 +92,19 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
     def loaded(progress: LoadProgress) -> None:
         report("load", f"loading {config.model}", progress.loaded_bytes / max(progress.total_bytes, 1))
 
-    device.check_weights(load_config(path), config)
+    model_config = load_config(path)
+    kv_dtype = device.kv_cache_dtype(config.kv_cache_dtype, model_config)  # before minutes of loading
+    device.check_weights(model_config, config)
     model = load_model(path, ops, quantization=quantization_mode(config.quantization), progress=loaded)
     seconds = {"load": time.perf_counter() - started}
 
     warmup_started = time.perf_counter()
-    core, kv_plan = start_core(device, model, config, report, on_step_start)
+    core, kv_plan = start_core(device, model, config, kv_dtype, report, on_step_start)
     seconds["warmup"] = time.perf_counter() - warmup_started
 
     return Engine(
         core=core,
-        identity=_identity(config, device, model, path),
+        identity=_identity(config, device, model, path, kv_dtype),
         scheduler_config=core.scheduler.config,
         vocab_size=model.config.vocab_size,
         model_path=path,
@@ -117,12 +118,12 @@ def start_core(
     device: Device,
     model: DecoderModel,
     config: EngineConfig,
+    kv_dtype: torch.dtype,
     report: Report = lambda phase, message, fraction: None,
     on_step_start: Callable[[int, float], None] = lambda step_id, predicted: None,
 ) -> tuple[EngineCore, KVCachePlan]:
     """A warm core around a loaded model, and how large its KV cache became. Raises as `build_engine` does, and
     MemorySettingError."""
-    kv_dtype = kv_cache_dtype(config.kv_cache_dtype, device.ops.dtype)
     block_size = config.block_size or device.block_size
     report("warmup", "sharing out the memory", None)
     runner, kv_plan = device.make_runner(model, config, kv_dtype, block_size)
@@ -196,15 +197,14 @@ def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int) ->
     return WarmUp(decode, prefill, prompt_len)
 
 
-def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: Path) -> Identity:
+def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: Path, kv_dtype: torch.dtype) -> Identity:
     versions = {"stet": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     return Identity(
         model=config.model,
         architecture=model.config.architecture,
         weights_hash=weights_hash(path),
         num_parameters=model.config.num_parameters,
-        dtype=dtype_name(device.ops.dtype),
-        kv_cache_dtype=dtype_name(kv_cache_dtype(config.kv_cache_dtype, device.ops.dtype)),
+        kv_cache_dtype=dtype_name(kv_dtype),
         quantization=config.quantization,
         versions=versions | dict(device.versions()),
         **device.describe(),

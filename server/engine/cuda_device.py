@@ -20,6 +20,7 @@ from models.config import ModelConfig
 from models.layers import DecoderModel
 from server.engine.config import EngineConfig
 from server.engine.cuda_runner import CudaRunner
+from server.engine.device import dtype_name, kv_cache_dtype
 from server.engine.invariance import rows_agree
 from server.engine.memory import (
     GpuUse,
@@ -47,6 +48,10 @@ class CudaDevice:
         self._weight_bytes = self._peak_bytes = self._graph_bytes = 0
         self._base_bytes = self._allocated()
         self._specs: list[KVCacheSpec] = []
+
+    def kv_cache_dtype(self, asked: str, model: ModelConfig) -> torch.dtype:
+        """Asked nothing, that of the ops."""
+        return kv_cache_dtype(asked, self.ops.dtype)
 
     def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:
         """MemorySettingError if the weights cannot fit into what is free."""
@@ -151,6 +156,8 @@ class CudaDevice:
             major, minor = torch.cuda.get_device_capability()
             name, instructions = torch.cuda.get_device_name(), f"sm_{major}{minor}"
         return {
+            "backend": "cuda",
+            "dtype": dtype_name(self.ops.dtype),
             "device": name,
             "instruction_set": instructions,
             "threads": 0,

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
+from kernels.cpu.native import LibraryMissing
+from kernels.cpu.ops import CpuOps
 from kernels.ops import Ops
 from kernels.portable import PortableOps
 from models.config import ModelConfig
@@ -46,6 +48,10 @@ class Device(Protocol):
         """The operators."""
         ...
 
+    def kv_cache_dtype(self, asked: str, model: ModelConfig) -> torch.dtype:
+        """What K and V are stored as. Raises StartupError for what the kernels do not mix."""
+        ...
+
     def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:
         """Before loading. Raises MemorySettingError if the weights cannot fit."""
         ...
@@ -69,7 +75,7 @@ class Device(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """The device's part of the identity: device, instruction_set, threads, deterministic."""
+        """The device's part of the identity: backend, dtype, device, instruction_set, threads, deterministic."""
         ...
 
     def versions(self) -> Mapping[str, str]:
@@ -78,18 +84,37 @@ class Device(Protocol):
 
 
 class CpuDevice:
-    """The processor."""
+    """The processor, with the compiled kernels or, where they are missing, with torch's operators."""
 
     block_size = 16
     pipeline_depth = 1
     warmup_tokens = 256
 
     def __init__(self, dtype: torch.dtype | None, threads: int | None) -> None:
-        self.ops = PortableOps(threads=threads, dtype=dtype)
+        self._dtype = dtype
         self._weight_bytes = 0
+        self._model_dtype = "float32"
+        self.ops: CpuOps | PortableOps
+        try:
+            self.ops = CpuOps(threads, dtype)
+            torch.set_num_threads(1)  # the kernels bring their own threads; torch's would only be in their way
+        except LibraryMissing as error:
+            logger.warning("%s. Until then torch's own operators are used, which are slower", error)
+            self.ops = PortableOps(threads, dtype)
+            self.ops.fallbacks["kernels"] += 1
+
+    def kv_cache_dtype(self, asked: str, model: ModelConfig) -> torch.dtype:
+        """Asked nothing, K and V of a float32 model are float32, all others bfloat16."""
+        if asked == "int8":
+            return torch.int8
+        if isinstance(self.ops, PortableOps):
+            return kv_cache_dtype(asked, self.ops.dtype)
+        stored = self._dtype or _DTYPES[model.dtype]
+        return torch.float32 if asked == "auto" and stored == torch.float32 else torch.bfloat16
 
     def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:
-        """Nothing: the system may swap, and says when it cannot."""
+        """Nothing is refused: the system may swap, and says when it cannot."""
+        self._model_dtype = model.dtype
 
     def make_runner(
         self, model: DecoderModel, config: EngineConfig, kv_dtype: torch.dtype, block_size: int
@@ -98,7 +123,16 @@ class CpuDevice:
         specs = model.kv_cache_specs(block_size, kv_dtype)
         plan = plan_kv_cache(specs, config, model.config.max_position_embeddings, available_memory_bytes())
         self._weight_bytes = model.weight_bytes
-        return Runner(model, self.ops, plan.num_blocks, block_size, model.config.eos_token_ids), plan
+        runner = Runner(
+            model,
+            self.ops,
+            plan.num_blocks,
+            block_size,
+            model.config.eos_token_ids,
+            kv_dtype,
+            max_tokens=config.max_tokens_per_step,
+        )
+        return runner, plan
 
     def warm_up(self, runner: Any, report: Callable[[float], None]) -> None:
         """Nothing is compiled here."""
@@ -110,10 +144,18 @@ class CpuDevice:
         return {"weights": self._weight_bytes, "kv_cache": kv_cache_bytes}
 
     def describe(self) -> dict[str, Any]:
+        if isinstance(self.ops, CpuOps):
+            backend, dtype = "cpu", self._model_dtype if self._dtype is None else dtype_name(self._dtype)
+            instructions, threads = self.ops.team.kernels, self.ops.team.num_threads
+        else:
+            backend, dtype = "portable", dtype_name(self.ops.dtype)
+            instructions, threads = torch.backends.cpu.get_cpu_capability().lower(), torch.get_num_threads()
         return {
+            "backend": backend,
+            "dtype": dtype,
             "device": processor(),
-            "instruction_set": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
+            "instruction_set": instructions,
+            "threads": threads,
             "deterministic": True,
         }
 
@@ -133,12 +175,8 @@ def make_device(config: EngineConfig) -> Device:
             raise StartupError(f"--device cuda needs Triton, which cannot be imported here ({error})") from error
 
         return CudaDevice(_DTYPES.get(config.dtype), config.deterministic)
-    if config.dtype not in ("auto", "bfloat16", "float32"):
-        raise StartupError(f"--dtype {config.dtype} is not supported on cpu: choose one of auto, bfloat16, float32")
-    if config.quantization != "none":
-        raise StartupError(f"--quantization {config.quantization} is built for CUDA only so far: use none")
-    if config.kv_cache_dtype == "int8":
-        raise StartupError("--kv-cache-dtype int8 is built for CUDA only so far: use auto")
+    if config.dtype not in ("auto", *_DTYPES):
+        raise StartupError(f"--dtype {config.dtype} is not supported: choose one of auto, {', '.join(_DTYPES)}")
     return CpuDevice(_DTYPES.get(config.dtype), config.threads)
 
 

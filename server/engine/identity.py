@@ -11,11 +11,13 @@ class Identity:
 
     model          the name it was asked for by
     weights_hash   SHA-256 over the weights, see models.loader.weights_hash
+    dtype          of the weights that are not quantized; the cpu backend computes in float32
     kv_cache_dtype what K and V are stored as
     quantization   none, w8a16 or w8a8
     device         the processor, or the GPU's name
-    instruction_set what the device's kernels were chosen by: "AVX512" on a CPU, "sm_90" on a GPU
-    threads        of the CPU backend
+    instruction_set what the device's kernels were chosen by: "avx512" on a CPU, "sm_90" on a GPU
+    threads        of a CPU; the bits of the cpu backend depend neither on them nor on the instruction set
+    backend        which kernels compute: cpu (compiled), portable (torch's operators) or cuda
     versions       of this server, torch and Python, and of Triton on a GPU
     deterministic  whether every operator is row-invariant; if not, tokens may also depend on the batch
     """
@@ -31,4 +33,5 @@ class Identity:
     instruction_set: str
     threads: int
     versions: dict[str, str]
+    backend: str = ""
     deterministic: bool = True

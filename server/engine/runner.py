@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from kernels.ops import KVCache, Ops
+from kernels.ops import AttentionPlan, KVCache, Ops
 from models.layers import DecoderModel
 from server.engine.batch import build_batch
 from server.engine.plan import RowResult, StepPlan, StepResult
@@ -41,14 +42,21 @@ class Runner:
         block_size: int,
         eos_token_ids: Sequence[int],
         kv_dtype: torch.dtype | None = None,
+        max_tokens: int | None = None,
     ) -> None:
-        """kv_dtype: of the KV cache; None: that of the ops."""
+        """kv_dtype: of the KV cache; None: that of the ops. max_tokens: the most that a step may have; None: not known,
+        and forward passes are not recorded (`Ops.record`)."""
         self.model = model
         self.ops = ops
         self._block_size = block_size
         self._eos_token_ids = tuple(eos_token_ids)
         specs = model.kv_cache_specs(block_size, kv_dtype or ops.dtype)
         self._kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
+
+        def forward(token_ids: Tensor, plan: AttentionPlan) -> Tensor:
+            return model.forward(token_ids, self._kv_caches, plan)
+
+        self._forward = forward if max_tokens is None else ops.record(forward, max_tokens, block_size)
 
     def launch(self, plan: StepPlan) -> FinishedStep:
         """`run`, as a StepRunner."""
@@ -59,7 +67,7 @@ class Runner:
         """Compute the plan's positions, and draw a token for each request that samples."""
         batch = build_batch(plan, self._block_size, self._eos_token_ids)
         attention = self.ops.plan(batch.attention)
-        hidden = self.model.forward(batch.token_ids, self._kv_caches, attention)
+        hidden = self._forward(batch.token_ids, attention)
         # A position that is not finite has poisoned K and V behind it, whether or not a token is drawn from it.
         finite_tokens = torch.isfinite(hidden).all(dim=-1).tolist()
         tokens: list[int] = []

@@ -20,6 +20,6 @@ namespace {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    STET_NAME, {embedding, norm, linear, gated, write_kv, attention, quantize}};
+    STET_NAME, GROUP_OF, {embedding, norm, linear, gated, write_kv, attention, quantize}};
 
 }  // namespace STET_ISA

@@ -1,8 +1,8 @@
 // y = x W^T + bias, for W packed in panels of 16 output features.
 //
 // float types  [N / 16][K][16]              y[m][n] is one chain of multiply-adds along k, times the feature's scale
-// INT8_DOT     [N / 16][K' / 4][16][4]      exact int32 sums, then times the row's scale, then times the feature's;
-//                                           K' is K rounded up to a multiple of 4, the rest zeros, in x too
+// INT8_DOT     [N / 16][K' / g][16][g]      exact int32 sums, then times the row's scale, then times the feature's;
+//                                           g is GROUP_OF, K' is K rounded up to a multiple of it, the rest zeros
 //
 // p: x, row scales, W, feature scales, bias, y.  n: N, K, elements from row to row of x, of y.
 // flags: the Type of W. Feature scales and bias may be null.
@@ -60,19 +60,20 @@ void linear_floats(const Command& c, int64_t rows, int64_t chunk, Work& work) {
 }
 
 void linear_dot(const Command& c, int64_t rows, int64_t chunk, Work& work) {
-    const int8_t *x = (const int8_t*)c.p[0], *w = (const int8_t*)c.p[2];
+    const RowInteger* x = (const RowInteger*)c.p[0];
+    const int8_t* w = (const int8_t*)c.p[2];
     const float *row_scales = (const float*)c.p[1], *scales = (const float*)c.p[3], *bias = (const float*)c.p[4];
     float* y = (float*)c.p[5];
-    const int64_t N = c.n[0], K = (c.n[1] + 3) / 4 * 4, ldx = c.n[2], ldy = c.n[3];
+    const int64_t N = c.n[0], K = whole_groups(c.n[1]), ldx = c.n[2], ldy = c.n[3];
     const int64_t panels = (N + 15) / 16, groups = (panels + GROUP - 1) / GROUP, chunks = (rows + chunk - 1) / chunk;
-    int32_t sums[MAX_DOT_ROWS * 16];
+    int32_t sums[MAX_ROWS * 16];
     float scaled[16];
     for (int64_t item; (item = work.take()) < groups * chunks;) {
         const int64_t first_panel = item % groups * GROUP, first_row = item / groups * chunk;
         const int64_t last_panel = first_panel + GROUP < panels ? first_panel + GROUP : panels;
         const int64_t last_row = first_row + chunk < rows ? first_row + chunk : rows;
         for (int64_t row = first_row; row < last_row;) {
-            const int m = next_block(last_row - row, MAX_DOT_ROWS);
+            const int m = next_block(last_row - row, MAX_ROWS);
             for (int64_t panel = first_panel; panel < last_panel; ++panel) {
                 dot_block(m, x + row * ldx, ldx, w + panel * K * 16, K, sums);
                 const int64_t n = panel * 16;
@@ -91,7 +92,7 @@ void linear_dot(const Command& c, int64_t rows, int64_t chunk, Work& work) {
 
 void linear(const Command& c, const Step* step, Work& work) {
     const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows;
-    const int64_t row_bytes = c.n[1] * (c.flags == INT8_DOT ? 1 : 4);
+    const int64_t row_bytes = c.n[1] * (int64_t)(c.flags == INT8_DOT ? sizeof(RowInteger) : sizeof(float));
     int64_t chunk = ROWS_BYTES / row_bytes / 24 * 24;
     if (chunk < 24) chunk = 24;
     switch (c.flags) {

@@ -1,7 +1,8 @@
 // What is done to each row by itself: token vectors, norms, activations, quantization.
 
 // q = rint(x * (127 / max|x|)), scale = max|x| / 127: `kernels.int8`, to the bit. Elements from n to `padded` become 0.
-inline void quantize_row(const float* x, int64_t n, int64_t padded, int8_t* q, float* scale) {
+template <class Integer>
+inline void quantize_row(const float* x, int64_t n, int64_t padded, Integer* q, float* scale) {
     float most = 0.0f;
     bool finite = true;
     int64_t i = 0;
@@ -19,7 +20,7 @@ inline void quantize_row(const float* x, int64_t n, int64_t padded, int8_t* q, f
         finite = finite && v * 0.0f == 0.0f;
     }
     if (!finite) {
-        std::memset(q, 0, padded);
+        std::memset(q, 0, padded * sizeof(Integer));
         *scale = NAN;
         return;
     }
@@ -30,12 +31,12 @@ inline void quantize_row(const float* x, int64_t n, int64_t padded, int8_t* q, f
     for (i = 0; i + 16 <= n; i += 16) {
         store(rounded, max(low, min(high, round_to_even(load(x + i) * by))));
         for (int lane = 0; lane < 16; ++lane) {
-            q[i + lane] = (int8_t)rounded[lane];
+            q[i + lane] = (Integer)rounded[lane];
         }
     }
     for (; i < n; ++i) {
         float v = std::nearbyint(x[i] * inverse);
-        q[i] = (int8_t)(v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v);
+        q[i] = (Integer)(v > 127.0f ? 127.0f : v < -127.0f ? -127.0f : v);
     }
     for (; i < padded; ++i) {
         q[i] = 0;
@@ -46,8 +47,9 @@ inline void quantize_row(const float* x, int64_t n, int64_t padded, int8_t* q, f
 // flags: the Type of the weight, whose row a token's vector is.
 void embedding(const Command& c, const Step* step, Work& work) {
     const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows;
-    const int64_t *ids = (const int64_t*)c.p[0], K = c.n[1], ldy = c.n[2], padded = (K + 3) / 4 * 4;
+    const int64_t *ids = (const int64_t*)c.p[0], K = c.n[1], ldy = c.n[2], padded = whole_groups(K);
     const float* scales = (const float*)c.p[2];
+    constexpr int64_t g = GROUP_OF;
     for (int64_t row; (row = work.take()) < rows;) {
         float* y = (float*)c.p[3] + row * ldy;
         const int64_t id = ids[row] < 0 || ids[row] >= c.n[0] ? 0 : ids[row], lane = id % 16;
@@ -69,7 +71,7 @@ void embedding(const Command& c, const Step* step, Work& work) {
                 break;
             case INT8_DOT:
                 for (int64_t k = 0; k < K; ++k) {
-                    y[k] = (float)((const int8_t*)c.p[1])[panel + k / 4 * 64 + 4 * lane + k % 4] * scales[id];
+                    y[k] = (float)((const int8_t*)c.p[1])[panel + k / g * 16 * g + g * lane + k % g] * scales[id];
                 }
                 break;
         }
@@ -102,7 +104,7 @@ inline void scale_row(const float* x, const float* weight, float by, int64_t n, 
     }
 }
 
-// p: x, residual or null, weight, x + residual, y or int8 y, y's scales or null.
+// p: x, residual or null, weight, x + residual, y or integers y, y's scales or null.
 // n: H, elements from row to row of x, of the residual, of the sum, of y.  f: eps. With scales, y is quantized.
 void norm(const Command& c, const Step* step, Work& work) {
     const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows, H = c.n[0];
@@ -126,7 +128,7 @@ void norm(const Command& c, const Step* step, Work& work) {
             continue;
         }
         scale_row(x, (const float*)c.p[2], by, H, work.scratch);
-        quantize_row(work.scratch, H, (H + 3) / 4 * 4, (int8_t*)c.p[4] + row * c.n[4], (float*)c.p[5] + row);
+        quantize_row(work.scratch, H, whole_groups(H), (RowInteger*)c.p[4] + row * c.n[4], (float*)c.p[5] + row);
     }
 }
 
@@ -138,7 +140,7 @@ inline F16 gelu(F16 x) {
     return x / (splat(1.0f) + exp(splat(-2.0f) * u));
 }
 
-// p: gate and up [rows][2 * I], y or int8 y, y's scales or null.  n: I, elements from row to row of the input, of y.
+// p: gate and up [rows][2 * I], y or integers y, y's scales or null.  n: I, elements from row to row of the input, of y.
 // flags: 0 silu, 1 gelu.
 void gated(const Command& c, const Step* step, Work& work) {
     const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows, I = c.n[0];
@@ -159,16 +161,16 @@ void gated(const Command& c, const Step* step, Work& work) {
             std::memcpy(y + i, rest, (I - i) * sizeof(float));
         }
         if (c.p[2]) {
-            quantize_row(y, I, (I + 3) / 4 * 4, (int8_t*)c.p[1] + row * c.n[2], (float*)c.p[2] + row);
+            quantize_row(y, I, whole_groups(I), (RowInteger*)c.p[1] + row * c.n[2], (float*)c.p[2] + row);
         }
     }
 }
 
-// p: x [rows][K], int8 y, its scales.  n: K, elements from row to row of x, of y.
+// p: x [rows][K], integers y, its scales.  n: K, elements from row to row of x, of y.
 void quantize(const Command& c, const Step* step, Work& work) {
     const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows;
     for (int64_t row; (row = work.take()) < rows;) {
-        quantize_row((const float*)c.p[0] + row * c.n[1], c.n[0], (c.n[0] + 3) / 4 * 4,
-                     (int8_t*)c.p[1] + row * c.n[2], (float*)c.p[2] + row);
+        quantize_row((const float*)c.p[0] + row * c.n[1], c.n[0], whole_groups(c.n[0]),
+                     (RowInteger*)c.p[1] + row * c.n[2], (float*)c.p[2] + row);
     }
 }

@@ -105,5 +105,6 @@ using Kernel = void (*)(const Command&, const Step*, Work&);
 
 struct Kernels {
     const char* name;
+    int32_t group_of;  // how many integers of a quantized row take four bytes: 4 or 2
     Kernel ops[NUM_OPS];
 };

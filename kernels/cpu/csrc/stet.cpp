@@ -129,9 +129,13 @@ class Team {
     }
 
     void carry_out(int thread) {
-        for (int64_t i = 0; i < count_; ++i) {
+        // Copies: whoever called `run` may be setting up the next program while this thread leaves the last meeting.
+        const Command* commands = commands_;
+        const int64_t count = count_;
+        const Step* step = step_;
+        for (int64_t i = 0; i < count; ++i) {
             Work work{&next_[i % 2], num_threads_, scratch_[thread]};
-            kernels_->ops[commands_[i].op](commands_[i], step_, work);
+            kernels_->ops[commands[i].op](commands[i], step, work);
             meet(i);
         }
     }
@@ -201,6 +205,8 @@ void stet_free(void* team) { delete (Team*)team; }
 
 const char* stet_kernels(void* team) { return ((Team*)team)->kernels()->name; }
 
+int32_t stet_group_of(void* team) { return ((Team*)team)->kernels()->group_of; }
+
 void stet_run(void* team, const Command* commands, int64_t count, const Step* step) {
     ((Team*)team)->run(commands, count, step);
 }
@@ -229,16 +235,16 @@ void stet_pack(const void* w, int64_t N, int64_t K, int64_t size, void* packed) 
     }
 }
 
-// w int8 [N][K] -> [N / 16][K' / 4][16][4], K' = K rounded up to a multiple of 4; zeros beyond N and K.
-void stet_pack_dot(const int8_t* w, int64_t N, int64_t K, int8_t* packed) {
-    const int64_t panels = (N + 15) / 16, quads = (K + 3) / 4;
+// w int8 [N][K] -> [N / 16][K' / g][16][g] with g = group_of, K' = K rounded up to a multiple of g; zeros beyond N and K.
+void stet_pack_dot(const int8_t* w, int64_t N, int64_t K, int64_t g, int8_t* packed) {
+    const int64_t panels = (N + 15) / 16, groups = (K + g - 1) / g;
     for (int64_t panel = 0; panel < panels; ++panel) {
         for (int64_t lane = 0; lane < 16; ++lane) {
             const int64_t n = panel * 16 + lane;
-            int8_t* out = packed + panel * quads * 64 + 4 * lane;
-            for (int64_t quad = 0; quad < quads; ++quad, out += 64) {
-                for (int64_t i = 0; i < 4; ++i) {
-                    out[i] = n < N && 4 * quad + i < K ? w[n * K + 4 * quad + i] : 0;
+            int8_t* out = packed + panel * groups * 16 * g + g * lane;
+            for (int64_t group = 0; group < groups; ++group, out += 16 * g) {
+                for (int64_t i = 0; i < g; ++i) {
+                    out[i] = n < N && g * group + i < K ? w[n * K + g * group + i] : 0;
                 }
             }
         }
