@@ -8,12 +8,17 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 .PHONY: serve test check bench format clean
 
-serve: $(VENV)/.serve
+# The CPU's kernels: compiled at installation, and again whenever their sources change. A missing compiler costs speed only.
+KERNELS := $(VENV)/.kernels
+$(KERNELS): $(VENV)/bin/python kernels/cpu/build.py $(wildcard kernels/cpu/csrc/*)
+	@$(BIN)/python kernels/cpu/build.py > /dev/null && touch $@ || true
+
+serve: $(VENV)/.serve $(KERNELS)
 	@exec $(BIN)/stet serve $(ARGS)
 
 # What only computes shares the machine between two workers; what has deadlines of its own then has it to itself.
 COMPUTE := tests/kernels tests/models tests/simulation tests/server/engine tests/end_to_end/test_triton.py
-test: $(VENV)/.dev
+test: $(VENV)/.dev $(KERNELS)
 ifeq ($(ARGS),)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(COMPUTE)
 	$(BIN)/python -m pytest $(addprefix --ignore ,$(COMPUTE))
@@ -26,7 +31,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench $(KERNELS)
 	$(BIN)/python -m loadtests $(ARGS)
 
 format: $(VENV)/.dev

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kernels.portable import PortableOps
+from kernels.cpu.ops import CpuOps
 from models.config import ModelConfig
 from models.layers import DecoderModel
 from models.loader import load_model, random_model, resolve_model
@@ -39,14 +39,14 @@ TINY = {
 
 @cache
 def tiny_model() -> DecoderModel:
-    """A random model of two layers in float32, with logits far enough apart for sampling to matter."""
-    return random_model(ModelConfig.from_hf(TINY), PortableOps(dtype=torch.float32), seed=1, std=0.3)
+    """A random model of two layers, with logits far enough apart for sampling to matter."""
+    return random_model(ModelConfig.from_hf(TINY), CpuOps(), seed=1, std=0.3)
 
 
 @cache
 def tales_model() -> DecoderModel:
-    """The embedded model, in the CPU's own dtype."""
-    return load_model(resolve_model("stet-tales"), PortableOps())
+    """The embedded model, with K and V in bfloat16 as it is served."""
+    return load_model(resolve_model("stet-tales"), CpuOps())
 
 
 def make_core(model: DecoderModel, **settings: Any) -> EngineCore:
@@ -54,7 +54,15 @@ def make_core(model: DecoderModel, **settings: Any) -> EngineCore:
     defaults: dict[str, Any] = {"num_blocks": 256, "max_model_len": 512, "eos_token_ids": model.config.eos_token_ids}
     config = SchedulerConfig(**(defaults | settings))
     ops = model.ops  # type: ignore[attr-defined]
-    runner = Runner(model, ops, config.num_blocks, config.block_size, config.eos_token_ids)
+    runner = Runner(
+        model,
+        ops,
+        config.num_blocks,
+        config.block_size,
+        config.eos_token_ids,
+        torch.bfloat16,
+        max_tokens=config.max_tokens_per_step,
+    )
     return EngineCore(runner, Scheduler(config))
 
 

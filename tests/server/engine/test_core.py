@@ -34,20 +34,20 @@ def requests(count: int, seed: int = 0, max_new_tokens: int = 12) -> list[Reques
 @contextmanager
 def poisoned(core: Any, poison: str) -> Iterator[None]:
     """While inside, a forward pass that sees the token POISON raises, or makes that token's row NaN."""
-    model, forward = core._runner.model, core._runner.model.forward
+    runner, forward = core._runner, core._runner._forward
 
-    def poisoned_forward(token_ids: Tensor, kv_caches: Any, plan: Any) -> Tensor:
-        hidden = forward(token_ids, kv_caches, plan)
+    def poisoned_forward(token_ids: Tensor, plan: Any) -> Tensor:
+        hidden: Tensor = forward(token_ids, plan)
         if poison == "raise" and (token_ids == POISON).any():
             raise RuntimeError("planted")
         bad = torch.where(token_ids == POISON, torch.nan, 0.0)[:, None]
         return hidden + bad.to(hidden.dtype)
 
-    model.forward = poisoned_forward
+    runner._forward = poisoned_forward
     try:
         yield
     finally:
-        del model.forward
+        runner._forward = forward
 
 
 def alone(request: Request) -> list[int]:

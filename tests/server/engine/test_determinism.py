@@ -1,4 +1,4 @@
-"""The second promise, on the embedded model in the CPU's own dtype: tokens depend on the request alone.
+"""The second promise, on the embedded model as a CPU serves it: tokens depend on the request alone.
 
 Two hundred requests with mixed parameters run alone; then among fifteen others; with the prompt in small, uneven
 chunks; with forced preemptions; and once more against the warm prefix cache that those runs left behind.
