@@ -38,7 +38,9 @@ from models.loader import LoadProgress, load_config, load_model, resolve_model, 
 from models.receipt import Receipt, ReceiptMatch, ReceiptText, receipt_json, write_receipt
 from server.config import Settings
 from server.engine.build import quantization_mode
-from server.engine.device import Device, StartupError, dtype_name, make_device
+from server.engine.config import StartupError
+from server.engine.device import Device, make_device
+from server.engine.dtypes import dtype_name
 from server.version import VERSION
 
 __all__ = ["Measurement", "evaluate", "run"]

@@ -19,9 +19,10 @@ from kernels.ops import QuantizationMode
 from models.errors import ModelError
 from models.layers import DecoderModel
 from models.loader import LoadProgress, load_config, load_model, resolve_model, weights_hash
-from server.engine.config import EngineConfig, SchedulerConfig
+from server.engine.config import EngineConfig, SchedulerConfig, StartupError
 from server.engine.core import EngineCore
-from server.engine.device import Device, StartupError, dtype_name, make_device
+from server.engine.device import Device, make_device
+from server.engine.dtypes import dtype_name
 from server.engine.identity import Identity
 from server.engine.memory import KVCachePlan, MemorySettingError
 from server.engine.plan import PlannedRequest, StepPlan, StepRunner

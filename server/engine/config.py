@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class StartupError(Exception):
+    """The engine cannot start with these settings: one line for a person, with what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits of a step and of the pool.

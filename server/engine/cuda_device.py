@@ -20,7 +20,7 @@ from models.config import ModelConfig
 from models.layers import DecoderModel
 from server.engine.config import EngineConfig
 from server.engine.cuda_runner import CudaRunner
-from server.engine.device import dtype_name, kv_cache_dtype
+from server.engine.dtypes import dtype_name, kv_cache_dtype
 from server.engine.invariance import rows_agree
 from server.engine.memory import (
     GpuUse,

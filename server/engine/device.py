@@ -16,7 +16,8 @@ from kernels.ops import Ops
 from kernels.portable import PortableOps
 from models.config import ModelConfig
 from models.layers import DecoderModel
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, StartupError
+from server.engine.dtypes import DTYPES, dtype_name, kv_cache_dtype
 from server.engine.memory import KVCachePlan, available_memory_bytes, plan_kv_cache
 from server.engine.plan import StepRunner
 from server.engine.runner import Runner
@@ -24,11 +25,6 @@ from server.engine.runner import Runner
 logger = logging.getLogger(__name__)
 
 MIN_CAPABILITY = (8, 0)
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-class StartupError(Exception):
-    """The engine cannot start with these settings: one line for a person, with what to do."""
 
 
 class Device(Protocol):
@@ -109,7 +105,7 @@ class CpuDevice:
             return torch.int8
         if isinstance(self.ops, PortableOps):
             return kv_cache_dtype(asked, self.ops.dtype)
-        stored = self._dtype or _DTYPES[model.dtype]
+        stored = self._dtype or DTYPES[model.dtype]
         return torch.float32 if asked == "auto" and stored == torch.float32 else torch.bfloat16
 
     def check_weights(self, model: ModelConfig, config: EngineConfig) -> None:
@@ -166,18 +162,18 @@ class CpuDevice:
 def make_device(config: EngineConfig) -> Device:
     """The device of these settings. Raises StartupError if it is not there, or does not do what they ask for."""
     if choose_device(config.device) == "cuda":
-        if config.dtype not in ("auto", *_DTYPES):
-            raise StartupError(f"--dtype {config.dtype} is not supported: choose one of auto, {', '.join(_DTYPES)}")
+        if config.dtype not in ("auto", *DTYPES):
+            raise StartupError(f"--dtype {config.dtype} is not supported: choose one of auto, {', '.join(DTYPES)}")
         # Triton takes time to import, and need not be there on other machines.
         try:
             from server.engine.cuda_device import CudaDevice
         except ImportError as error:
             raise StartupError(f"--device cuda needs Triton, which cannot be imported here ({error})") from error
 
-        return CudaDevice(_DTYPES.get(config.dtype), config.deterministic)
-    if config.dtype not in ("auto", *_DTYPES):
-        raise StartupError(f"--dtype {config.dtype} is not supported: choose one of auto, {', '.join(_DTYPES)}")
-    return CpuDevice(_DTYPES.get(config.dtype), config.threads)
+        return CudaDevice(DTYPES.get(config.dtype), config.deterministic)
+    if config.dtype not in ("auto", *DTYPES):
+        raise StartupError(f"--dtype {config.dtype} is not supported: choose one of auto, {', '.join(DTYPES)}")
+    return CpuDevice(DTYPES.get(config.dtype), config.threads)
 
 
 def choose_device(asked: str) -> str:
@@ -202,20 +198,6 @@ def choose_device(asked: str) -> str:
         name = ".".join(map(str, capability))
         raise StartupError(f"--device cuda: the GPU has compute capability {name}, and 8.0 is needed; use --device cpu")
     return "cuda"
-
-
-def kv_cache_dtype(asked: str, dtype: torch.dtype) -> torch.dtype:
-    """What K and V are stored as. Raises StartupError for what the kernels do not mix."""
-    if asked == "int8":
-        return torch.int8
-    if asked == "bf16" and dtype != torch.bfloat16:
-        raise StartupError(f"--kv-cache-dtype bf16 needs --dtype bfloat16, not {dtype_name(dtype)}: use auto")
-    return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Without torch's prefix."""
-    return str(dtype).removeprefix("torch.")
 
 
 def processor() -> str:

@@ -144,9 +144,7 @@ def plan_kv_cache(
     return KVCachePlan(num_blocks, wanted_len, num_blocks * block_bytes)
 
 
-def plan_gpu_kv_cache(
-    specs: Sequence[BlockSpec], config: EngineConfig, max_positions: int, use: GpuUse
-) -> KVCachePlan:
+def plan_gpu_kv_cache(specs: Sequence[BlockSpec], config: EngineConfig, max_positions: int, use: GpuUse) -> KVCachePlan:
     """`plan_kv_cache` within the engine's share of a GPU. MemorySettingError says how much is missing, and which
     settings would make room."""
     fraction = config.gpu_memory_fraction

@@ -32,9 +32,10 @@ from kernels.ops import (
 from models.config import DTYPES, ModelConfig
 from models.loader import random_model
 from server.engine.build import start_core
-from server.engine.config import EngineConfig
+from server.engine.config import EngineConfig, StartupError
 from server.engine.core import EngineCore
-from server.engine.device import Device, StartupError, dtype_name, make_device
+from server.engine.device import Device, make_device
+from server.engine.dtypes import dtype_name
 from server.engine.memory import MemorySettingError
 from server.engine.request import Request, SamplingParams
 from server.planner.rates import LinearCurve, MeasuredRates
@@ -138,7 +139,9 @@ def _modes(ops: Ops) -> list[QuantizationMode]:
 def measure(device: Device, config: EngineConfig) -> MeasuredRates:
     """Time the parts of a step. Takes some seconds, and up to 400 MB."""
     clock = _Clock(device.ops)
-    linears = {mode: _linears(device.ops, mode, clock) for mode in _modes(device.ops)}
+    linears: dict[str, tuple[LinearCurve, ...]] = {
+        mode: _linears(device.ops, mode, clock) for mode in _modes(device.ops)
+    }
     found = MeasuredRates(
         bandwidth=_bandwidth(device, clock),
         linears=linears,
@@ -150,7 +153,10 @@ def measure(device: Device, config: EngineConfig) -> MeasuredRates:
         row_seconds=0.0,
         row_layer_seconds=0.0,
     )
-    return dataclasses.replace(found, **_overheads(device, config, found))
+    step, layer, row, row_layer = _overheads(device, config, found)
+    return dataclasses.replace(
+        found, step_seconds=step, layer_seconds=layer, row_seconds=row, row_layer_seconds=row_layer
+    )
 
 
 class _Clock:
@@ -309,8 +315,8 @@ def _small_config(layers: int, dtype: str = "bfloat16") -> ModelConfig:
     )
 
 
-def _overheads(device: Device, config: EngineConfig, found: MeasuredRates) -> dict[str, float]:
-    """What steps of small models take beside their arithmetic, as a plane over layers and sequences."""
+def _overheads(device: Device, config: EngineConfig, found: MeasuredRates) -> tuple[float, float, float, float]:
+    """What steps of small models take beside their arithmetic: of a step, for each layer, each sequence, each pair."""
     seconds: dict[tuple[int, int], float] = {}
     settings = dataclasses.replace(config, max_running=_SEQUENCES[-1], max_tokens_per_step=256)
     for layers in _LAYERS:
@@ -324,14 +330,14 @@ def _overheads(device: Device, config: EngineConfig, found: MeasuredRates) -> di
             arithmetic = found.linear("none", num_weights, 0, model.weight_bytes, rows) + found.sampling(rows * 256)
             seconds[layers, rows] = max(_decode_step(core, rows) - arithmetic, 0.0)
     (few, many), (one, all_) = _LAYERS, _SEQUENCES
-    row_layer = (
-        seconds[many, all_] - seconds[many, one] - seconds[few, all_] + seconds[few, one]
-    ) / ((many - few) * (all_ - one))
+    row_layer = (seconds[many, all_] - seconds[many, one] - seconds[few, all_] + seconds[few, one]) / (
+        (many - few) * (all_ - one)
+    )
     row_layer = max(row_layer, 0.0)
     row = max((seconds[few, all_] - seconds[few, one]) / (all_ - one) - few * row_layer, 0.0)
     layer = max((seconds[many, one] - seconds[few, one]) / (many - few) - row_layer, 0.0)
     step = max(seconds[few, one] - few * layer - row - few * row_layer, 0.0)
-    return {"step_seconds": step, "layer_seconds": layer, "row_seconds": row, "row_layer_seconds": row_layer}
+    return step, layer, row, row_layer
 
 
 def _decode_step(core: EngineCore, rows: int) -> float:
