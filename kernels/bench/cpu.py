@@ -1,10 +1,11 @@
-"""Times every operation of the CPU backend in the shapes of a 176M Llama: a floor, ours, and stock torch.
+"""Times every operation of the compiled CPU backend in the shapes of a 176M Llama: a floor, ours, and stock torch.
 
     python -m kernels.bench --device cpu [--rounds 30] [--threads N]
 
 The floor is the bytes that an operation must move over a read bandwidth measured in this process; for a long prompt,
 whose products are limited by arithmetic, it is only a lower bound. Ours and the peer alternate within each round; the
-table shows medians and the last line repeats it as JSON. Weights and caches rotate over several copies, larger together
+table shows medians and the last line repeats it as JSON. Linear layers are timed in every mode, beside torch's on
+bfloat16 and on float32 weights, whichever is faster. Weights and caches rotate over several copies, larger together
 than the last-level cache, since that is how a model meets them.
 """
 
@@ -25,11 +26,12 @@ from torch.nn import functional as F
 
 from kernels.bench.peers import stock_sampling
 from kernels.bench.workload import sampling
-from kernels.ops import AttentionMetadata, KVCacheSpec, RotaryTable
-from kernels.portable import PortableOps
+from kernels.cpu.ops import CpuOps
+from kernels.ops import AttentionMetadata, KVCacheSpec, QuantizationMode, RotaryTable
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 768, 12, 4, 64, 2048, 32000
 BLOCK_SIZE, CONTEXT, COPIES = 16, 160, 6
+MODES: tuple[QuantizationMode, ...] = ("none", "w8a16", "w8a8")
 STEPS = {"decode 1": ([1], [CONTEXT]), "decode 16": ([1] * 16, [CONTEXT] * 16), "prefill 512": ([512], [512])}
 
 
@@ -63,7 +65,7 @@ def rotating(copies: list[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turn)()
 
 
-def cases(ops: PortableOps) -> Iterator[Case]:
+def cases(ops: CpuOps) -> Iterator[Case]:
     """All operations in all steps."""
     dtype, size = ops.dtype, ops.dtype.itemsize
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -90,15 +92,17 @@ def cases(ops: PortableOps) -> Iterator[Case]:
         )
         for name, n, k in (("linear gate_up", 2 * INTERMEDIATE, HIDDEN), ("linear down", HIDDEN, INTERMEDIATE)):
             y = torch.randn(tokens, k).to(dtype)
-            weights = [torch.randn(n, k).to(dtype) for _ in range(COPIES)]
-            packed = [ops.prepare_linear(w) for w in weights]
-            yield Case(
-                name,
-                step,
-                (n * k + tokens * (n + k)) * size,
-                rotating([partial(ops.linear, y, w) for w in packed]),
-                rotating([partial(F.linear, y, w) for w in weights]),
-            )
+            weights = [torch.randn(n, k).bfloat16() for _ in range(COPIES)]
+            for mode in MODES:
+                packed = [ops.prepare_linear(w, None, mode) for w in weights]
+                x_in = ops.quantize(y) if mode == "w8a8" else y
+                yield Case(
+                    f"{name} {mode}",
+                    step,
+                    packed[0].nbytes + tokens * (n + k) * size,
+                    rotating([partial(ops.linear, x_in, w) for w in packed]),
+                    stock_linear(y, weights),
+                )
 
         blocks = -(-max(seq_lens) // BLOCK_SIZE)
         tables = [list(range(s * blocks, (s + 1) * blocks)) for s in range(sequences)]
@@ -136,6 +140,15 @@ def cases(ops: PortableOps) -> Iterator[Case]:
             )
 
 
+def stock_linear(x: Tensor, weights: list[Tensor]) -> Callable[[], object]:
+    """torch's product with bfloat16 or with float32 weights, whichever took less time just now."""
+    candidates = [
+        rotating([partial(F.linear, x.to(dtype), w.to(dtype)) for w in weights])
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+    return min(candidates, key=lambda call: min(seconds(call) for _ in range(3)))
+
+
 def stock_attention(query: Tensor, sequences: int, context: int) -> list[Callable[[], object]]:
     """torch's attention over keys that already lie in one contiguous tensor, without any paging."""
     new = query.shape[0] // sequences
@@ -151,12 +164,13 @@ def stock_attention(query: Tensor, sequences: int, context: int) -> list[Callabl
 
 def run(rounds: int = 30, num_threads: int | None = None) -> None:
     """Measure and print."""
-    ops = PortableOps(num_threads)
+    ops = CpuOps(num_threads)
+    torch.set_num_threads(ops.team.num_threads)
     torch.manual_seed(0)
     bandwidth = read_bandwidth()
-    threads = torch.get_num_threads()
-    print(f"{ops.dtype}, {threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s; medians in microseconds")
-    print(f"{'operation':18}{'step':14}{'floor':>9}{'ours':>9}{'best':>9}{'peer':>9}{'peer/ours':>11}")
+    threads, kernels = ops.team.num_threads, ops.team.kernels
+    print(f"{kernels}, {threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s; medians in microseconds")
+    print(f"{'operation':22}{'step':14}{'floor':>9}{'ours':>9}{'best':>9}{'peer':>9}{'peer/ours':>11}")
     results = []
     with torch.inference_mode():
         for case in cases(ops):
@@ -173,10 +187,10 @@ def run(rounds: int = 30, num_threads: int | None = None) -> None:
             floor, median = case.num_bytes / bandwidth * 1e6, statistics.median(ours) * 1e6
             best, peer = min(ours) * 1e6, statistics.median(peers) * 1e6 if case.peer else None
             ratio = f"{peer:9.0f}{peer / median:11.2f}" if peer else f"{'-':>9}{'-':>11}"
-            print(f"{case.name:18}{case.step:14}{floor:9.1f}{median:9.0f}{best:9.0f}{ratio}")
+            print(f"{case.name:22}{case.step:14}{floor:9.1f}{median:9.0f}{best:9.0f}{ratio}")
             results.append(
                 {"op": case.name, "step": case.step, "floor_us": round(floor, 1), "ours_us": round(median, 1)}
                 | {"best_us": round(best, 1), "peer_us": round(peer, 1) if peer else None}
             )
-    summary = {"dtype": str(ops.dtype), "threads": threads, "bandwidth_gb_s": round(bandwidth / 1e9, 1)}
+    summary = {"kernels": kernels, "threads": threads, "bandwidth_gb_s": round(bandwidth / 1e9, 1)}
     print(json.dumps(summary | {"results": results}))

@@ -161,7 +161,7 @@ class CpuOps:
                 raise ValueError(f"x must be [T, {k}] for this weight, got {tuple(x.shape)}")
             x = _floats(x)
             if own.mode == "w8a8":
-                x = self._quantize(x)
+                x = self.quantize(x)
         scales: Tensor | None = None
         if isinstance(x, QuantizedActivations):
             if x.values.shape[1:] != (k,) or x.scales.shape != x.values.shape[:1]:
@@ -272,7 +272,8 @@ class CpuOps:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
         return sample(logits, with_pending(metadata, pending), self._workspace, self.fallbacks)
 
-    def _quantize(self, x: Tensor) -> QuantizedActivations:
+    def quantize(self, x: Tensor) -> QuantizedActivations:
+        """x float32 [T, K] -> integers as the kernels multiply them, with a scale for each row (`kernels.int8`)."""
         rows, width = x.shape
         y, values, scales = self._result("quantize", rows, width, True)
         self._do(native.QUANTIZE, rows, (x, values, scales), (width, x.stride(0), values.stride(0)))
