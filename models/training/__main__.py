@@ -10,21 +10,23 @@ from pathlib import Path
 
 import torch
 
-from models.training import data, export, tokenizer
+from models.training import data, export, qat, tokenizer
+from models.training.compare import MODES, Comparison, compare, section
 from models.training.decoder import Decoder, Shape
 from models.training.evaluate import Numbers, evaluate
-from models.training.train import Recipe, load_weights, pick_device, train
+from models.training.train import Recipe, load_weights, pick_device, save_checkpoint, train
 
-STAGES = ("tokenizer", "corpus", "pretrain", "tune", "evaluate", "export")
-PRETRAIN_SHARE = 0.75  # of the minutes; the rest is instruction tuning
+STAGES = ("tokenizer", "corpus", "pretrain", "tune", "qat", "compare", "evaluate", "export")
+SHARES = {"pretrain": 0.6, "tune": 0.2, "qat": 0.2}  # of the minutes or tokens
 PRETRAIN = Recipe(peak_lr=3e-3, minutes=1)
 TUNE = Recipe(peak_lr=1e-3, minutes=1, lengths=((1.0, 1024),), decay_from=0.1)
+TITLES = {"start": "before `qat`", "qat-none": "control: `qat` without rounding", "qat-w8a8": "after `qat`"}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
     parser.add_argument("stage", choices=(*STAGES, "all"), help="one stage, or all of them in this order")
-    parser.add_argument("--minutes", type=float, default=55, help="training time, both stages (default: 55)")
+    parser.add_argument("--minutes", type=float, default=55, help="training time, all three stages (default: 55)")
     parser.add_argument("--tokens", type=int, help="budget in tokens instead of minutes: reproducible to the bit")
     parser.add_argument("--scratch", type=Path, default=Path("build/training"), help="token files and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("models/tales"), help="where `export` writes")
@@ -34,6 +36,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=200, help="held-out tasks a cell of the evaluation")
+    parser.add_argument("--mode", choices=MODES, default="w8a8", help="what `qat` trains for; none is its control")
+    parser.add_argument(
+        "--weights", choices=("tune", "qat"), help="what `evaluate` and `export` take (default: the last stage made)"
+    )
     return parser.parse_args()
 
 
@@ -64,11 +70,15 @@ def make_corpus(args: argparse.Namespace) -> None:
     data.build(args.scratch, path, args.seed, "tune", args.corpus_tokens // 3, say)
 
 
+def budgeted(recipe: Recipe, args: argparse.Namespace, stage: str) -> Recipe:
+    """The recipe with the stage's share of the budget."""
+    minutes = None if args.tokens else args.minutes * SHARES[stage]
+    tokens = int(args.tokens * SHARES[stage]) if args.tokens else None
+    return replace(recipe, minutes=minutes, tokens=tokens, seed=args.seed)
+
+
 def run_training(args: argparse.Namespace, stage: str) -> None:
-    recipe, share = (PRETRAIN, PRETRAIN_SHARE) if stage == "pretrain" else (TUNE, 1 - PRETRAIN_SHARE)
-    minutes = None if args.tokens else args.minutes * share
-    tokens = int(args.tokens * share) if args.tokens else None
-    recipe = replace(recipe, minutes=minutes, tokens=tokens, seed=args.seed)
+    recipe = budgeted(PRETRAIN if stage == "pretrain" else TUNE, args, stage)
     torch.manual_seed(args.seed)
     model = Decoder(shape(args)) if stage == "pretrain" else load_weights(args.scratch / "pretrain.pt", shape(args))
     stream = data.load(args.scratch, "train" if stage == "pretrain" else "tune", masked=stage == "tune")
@@ -76,20 +86,65 @@ def run_training(args: argparse.Namespace, stage: str) -> None:
     train(model, stream, recipe, args.scratch / f"{stage}.pt", say)
 
 
+def before_qat(args: argparse.Namespace) -> Decoder:
+    """What `qat` starts from and compares with: the tuned weights or, where they were not made here, the exported ones.
+
+    Kept as qat-start.pt from then on, because `export` overwrites them.
+    """
+    kept = args.scratch / "qat-start.pt"
+    if not kept.exists():
+        tuned = args.scratch / "tune.pt"
+        if tuned.exists():
+            model = load_weights(tuned, shape(args))
+        else:
+            model = export.load(args.out)
+            tokenizer.save(tokenizer.load(args.out), args.scratch, model.shape.max_length)
+        say(f"qat: starts from {tuned if tuned.exists() else args.out}")
+        save_checkpoint(kept, {"model": model.state_dict()})
+    return load_weights(kept, shape(args))
+
+
+def run_qat(args: argparse.Namespace) -> None:
+    start = before_qat(args)
+    stream = qat.build_stream(args.scratch, args.seed, args.corpus_tokens // 16, args.threads, say)
+    qat.run(start, stream, budgeted(qat.RECIPE, args, "qat"), args.mode, args.scratch, say)
+
+
+def run_comparison(args: argparse.Namespace) -> None:
+    models = {"start": before_qat(args)}
+    for mode in MODES:
+        if (path := qat.checkpoint(args.scratch, mode)).exists():
+            models[path.stem] = load_weights(path, shape(args))
+    found = compare(models, tokenizer.load(args.scratch), args.seed, 4 * args.tasks, args.tasks, say)
+    found.save(args.scratch / "comparison.json")
+
+
+def last_weights(args: argparse.Namespace) -> Decoder:
+    """Those of `--weights`, or of the last stage that was made. Raises FileNotFoundError where there are none."""
+    trained = qat.checkpoint(args.scratch, "w8a8")
+    last = args.weights or ("qat" if trained.exists() else "tune")
+    return load_weights(trained if last == "qat" else args.scratch / "tune.pt", shape(args))
+
+
 def run_evaluation(args: argparse.Namespace) -> None:
-    model = export.rounded(load_weights(args.scratch / "tune.pt", shape(args))).to(pick_device())
-    hashes = [args.scratch / f"{split}.hashes.npy" for split in ("train", "tune")]
+    model = export.rounded(last_weights(args)).to(pick_device())
+    hashes = [args.scratch / part / f"{split}.hashes.npy" for part in (".", "qat") for split in ("train", "tune")]
+    hashes = [path for path in hashes if path.exists() or path.parent == args.scratch]
     numbers = evaluate(model, tokenizer.load(args.scratch), args.seed, hashes, args.tasks, say)
     numbers.save(args.scratch / "evaluation.json")
 
 
 def run_export(args: argparse.Namespace) -> None:
-    model = load_weights(args.scratch / "tune.pt", shape(args))
+    model = last_weights(args)
     size = export.export(model, tokenizer.load(args.scratch), args.out)
     numbers = Numbers.load(args.scratch / "evaluation.json")
-    runs = {name: json.loads((args.scratch / f"{name}.json").read_text()) for name in ("pretrain", "tune")}
+    made = {"pretrain": "pretrain", "tune": "tune", "qat": "qat-w8a8"}
+    paths = {stage: args.scratch / f"{name}.json" for stage, name in made.items()}
+    runs = {stage: json.loads(path.read_text()) for stage, path in paths.items() if path.exists()}
     parameters = sum(w.numel() for w in model.parameters())
     export.write_card(args.out, export.numbers_section(numbers, parameters, runs))
+    if (path := args.scratch / "comparison.json").exists():
+        export.write_card(args.out, section(Comparison.load(path), TITLES), export.INT8_MARKERS)
     say(f"export: {size / 1e6:.1f} MB in {args.out}")
 
 
@@ -105,6 +160,10 @@ def main() -> None:
                 make_corpus(args)
             case "pretrain" | "tune":
                 run_training(args, stage)
+            case "qat":
+                run_qat(args)
+            case "compare":
+                run_comparison(args)
             case "evaluate":
                 run_evaluation(args)
             case "export":

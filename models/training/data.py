@@ -53,14 +53,22 @@ def digest(text: str) -> bytes:
 
 
 def build(
-    folder: Path, tokenizer_json: Path, seed: int, split: Split, num_tokens: int, report: Callable[[str], None]
+    folder: Path,
+    tokenizer_json: Path,
+    seed: int,
+    split: Split,
+    num_tokens: int,
+    report: Callable[[str], None],
+    first_block: int = 0,
+    processes: int | None = None,
 ) -> int:
     """Write `<split>.npy`, `<split>.mask.npy` and the hashes of the texts until there are `num_tokens` tokens.
 
+    `first_block` is the first block of documents that goes in, `processes` the number of workers (None: all cores).
     Returns the number of documents. Blocks are kept in order, so the files do not depend on the number of workers.
     """
-    ids, masks, digests, total, block = [], [], [], 0, 0
-    with multiprocessing.get_context("spawn").Pool() as pool:
+    ids, masks, digests, total, block = [], [], [], 0, first_block
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
         while total < num_tokens:
             jobs = [(str(tokenizer_json), seed, split, block + i) for i in range(8)]
             for some, mask, hashes in pool.imap(_block, jobs):
@@ -73,7 +81,7 @@ def build(
     np.save(folder / f"{split}.npy", np.concatenate(ids))
     np.save(folder / f"{split}.mask.npy", np.concatenate(masks))
     np.save(folder / f"{split}.hashes.npy", np.frombuffer(b"".join(digests), np.uint64))
-    return block * BLOCK
+    return (block - first_block) * BLOCK
 
 
 def load(folder: Path, split: Split, masked: bool) -> Stream:

@@ -1,7 +1,8 @@
 """A Llama decoder that can be trained, in plain torch; its parameter names are those of Hugging Face checkpoints.
 
 The architecture is the one of Touvron et al. 2023 (RMSNorm before each block, rotary positions, SwiGLU) with grouped
-queries (Ainslie et al. 2023) and the embedding used again as output layer.
+queries (Ainslie et al. 2023) and the embedding used again as output layer. It can compute as if its linear layers were
+quantized (`Decoder.as_served`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from kernels.ops import QuantizationMode
+from models.training import fake_quantize
 
 
 @dataclass(frozen=True)
@@ -102,15 +106,27 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Projection(nn.Linear):
+    """A linear layer without bias, in the precision `mode`."""
+
+    mode: QuantizationMode = "none"
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fake_quantize.linear(x, self.weight, self.mode)
+
+
 class Attention(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
         wide, narrow = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, wide, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, narrow, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, narrow, bias=False)
-        self.o_proj = nn.Linear(wide, shape.hidden_size, bias=False)
+        self.q_proj = Projection(shape.hidden_size, wide)
+        self.k_proj = Projection(shape.hidden_size, narrow)
+        self.v_proj = Projection(shape.hidden_size, narrow)
+        self.o_proj = Projection(wide, shape.hidden_size)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -128,9 +144,9 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+        self.gate_proj = Projection(shape.hidden_size, shape.intermediate_size)
+        self.up_proj = Projection(shape.hidden_size, shape.intermediate_size)
+        self.down_proj = Projection(shape.intermediate_size, shape.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # type: ignore[no-any-return]
@@ -150,7 +166,12 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids [batch, length] (int64) to hidden states [batch, length, hidden]; `logits` and `loss` on top."""
+    """Token ids [batch, length] (int64) to hidden states [batch, length, hidden]; `logits` and `loss` on top.
+
+    `mode` is the precision of all linear layers, of the token table and of the head; only `as_served` sets it.
+    """
+
+    mode: QuantizationMode = "none"
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -191,19 +212,31 @@ class Decoder(nn.Module):
                     attention.o_proj.weight[:, columns] = reading
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)
+        x = fake_quantize.embedding(ids, self.embed_tokens.weight, self.mode)
         cos, sin = rotary_table(self.shape, ids.shape[1], ids.device)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)  # type: ignore[no-any-return]
 
+    def as_served(self, mode: QuantizationMode) -> Decoder:
+        """Compute from now on as a server with this quantization would; weights stay as they are. Returns itself."""
+        self.mode = mode
+        for module in self.modules():
+            if isinstance(module, Projection):
+                module.mode = mode
+        return self
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] -> logits [..., vocab]"""
+        return fake_quantize.linear(hidden, self.embed_tokens.weight, self.mode)
+
     def logits(self, ids: Tensor) -> Tensor:
         """[batch, length, vocab]"""
-        return F.linear(self(ids), self.embed_tokens.weight)
+        return self.head(self(ids))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats over the targets [batch, length] that are not -100."""
-        logits = F.linear(self(ids), self.embed_tokens.weight).float()
+        logits = self.logits(ids).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     def hf_weights(self) -> dict[str, Tensor]:

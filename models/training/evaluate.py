@@ -116,7 +116,7 @@ def sample(
             break
         hidden = model(padded([rows[i] for i in live], device))
         last = hidden[torch.arange(len(live)), torch.tensor([len(rows[i]) - 1 for i in live])]
-        logits = F.linear(last, model.embed_tokens.weight).float().cpu()
+        logits = model.head(last).float().cpu()
         chosen = logits.argmax(-1)
         if temperature > 0:
             share, order = (logits / temperature).softmax(-1).sort(descending=True)

@@ -15,7 +15,8 @@ from models.training.evaluate import STORIES, Numbers
 from models.training.tasks import BEGIN, END, END_OF_TEXT, PAD
 
 MAX_BYTES = 16_000_000
-BEGIN_NUMBERS, END_NUMBERS = "<!-- numbers: written by `export` -->", "<!-- end of numbers -->"
+MARKERS = ("<!-- numbers: written by `export` -->", "<!-- end of numbers -->")
+INT8_MARKERS = ("<!-- int8: written by `export` -->", "<!-- end of int8 -->")
 
 
 def rounded(model: Decoder) -> Decoder:
@@ -98,11 +99,12 @@ def numbers_section(numbers: Numbers, parameters: int, runs: dict[str, dict[str,
     return "\n".join(lines)
 
 
-def write_card(folder: Path, section: str) -> None:
+def write_card(folder: Path, section: str, markers: tuple[str, str] = MARKERS) -> None:
     """Put `section` between the markers of the card. Raises ValueError where the card has none."""
     path = folder / "README.md"
-    before, found, rest = path.read_text().partition(BEGIN_NUMBERS)
-    _, found_end, after = rest.partition(END_NUMBERS)
+    begin, end = markers
+    before, found, rest = path.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
     if not (found and found_end):
-        raise ValueError(f"{path} lacks the markers {BEGIN_NUMBERS} and {END_NUMBERS}")
-    path.write_text(f"{before}{BEGIN_NUMBERS}\n\n{section}\n\n{END_NUMBERS}{after}")
+        raise ValueError(f"{path} lacks the markers {begin} and {end}")
+    path.write_text(f"{before}{begin}\n\n{section}\n\n{end}{after}")

@@ -1,4 +1,4 @@
-"""The training loop: pre-training on the whole stream, then instruction tuning on the answers.
+"""The training loop: pre-training on the whole stream, instruction tuning on the answers, training for int8 (qat.py).
 
 A run is resumable: its checkpoint holds weights, optimizer and the number of tokens seen, and the batch at a token
 count is a slice of the stream. With a budget in tokens a resumed run equals an uninterrupted one to the bit; with a
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from models.training.decoder import Decoder, Shape
 
 Report = Callable[[str], None]
+Objective = Callable[[Tensor, Tensor], Tensor]  # inputs and targets, each [rows, length] -> loss in nats, a scalar
 EMBEDDING_BOOST = 4.0  # the learning rate of the embedding, whose weights are large, over that of the rest
 
 
@@ -44,6 +45,7 @@ class Recipe:
     seed: int = 1
     compile: bool = True
     bf16: bool = True  # products in bfloat16; weights and optimizer stay float32
+    muon: bool = True  # for the matrices of the layers; otherwise AdamW for all weights
     checkpoint_seconds: float = 60.0
     report_seconds: float = 5.0
 
@@ -63,6 +65,14 @@ class Recipe:
         return next((length for until, length in self.lengths if share < until), self.lengths[-1][1])
 
 
+class Batches(Protocol):
+    """What a model is trained on."""
+
+    def batch(self, start: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each [rows, length] int64, after `start` tokens; a function of the arguments."""
+        ...
+
+
 @dataclass(frozen=True)
 class Stream:
     """Token ids in one row, documents one after the other; `mask` marks the tokens that the loss counts (None: all)."""
@@ -80,20 +90,43 @@ class Stream:
         return inputs.view(rows, length).to(device), targets.reshape(rows, length).to(device)
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Several streams in equal parts: each batch has as many rows of the one as of the other."""
+
+    streams: tuple[Stream, ...]
+
+    def batch(self, start: int, rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """As that of a stream. Raises ValueError where the rows cannot be shared out evenly."""
+        count = len(self.streams)
+        if rows % count:
+            raise ValueError(f"{rows} rows are not a multiple of {count} streams: change batch_tokens or lengths")
+        parts = [stream.batch(start // count, rows // count, length, device) for stream in self.streams]
+        inputs, targets = zip(*parts, strict=True)
+        return torch.cat(inputs), torch.cat(targets)
+
+
 def optimizers(model: Decoder, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon (Jordan et al. 2024) for the matrices of the layers, AdamW for the embedding and the norms.
 
-    Muon learns more from a token, and tokens are what two CPU cores are short of.
+    Muon learns more from a token, and tokens are what two CPU cores are short of. But its steps are products in
+    bfloat16: on a processor without them one takes longer than the batch (5 s against 2.5 s on one AVX2 core).
     """
     matrices = [w for name, w in model.named_parameters() if w.dim() == 2 and "embed" not in name]
     embedding = [w for name, w in model.named_parameters() if "embed" in name]
     norms = [w for w in model.parameters() if w.dim() == 1]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
     groups: list[dict[str, Any]] = [{"params": embedding, "boost": EMBEDDING_BOOST}, {"params": norms}]
-    adam = torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    return [muon, adam]
+    opts: list[torch.optim.Optimizer] = []
+    if recipe.muon:
+        decay = recipe.weight_decay
+        opts.append(
+            torch.optim.Muon(
+                matrices, lr=recipe.peak_lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    else:
+        groups.append({"params": matrices, "weight_decay": recipe.weight_decay})
+    return [*opts, torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 def pick_device() -> torch.device:
@@ -119,16 +152,18 @@ def load_weights(path: Path, shape: Shape) -> Decoder:
 
 def train(
     model: Decoder,
-    stream: Stream,
+    stream: Batches,
     recipe: Recipe,
     checkpoint: Path,
     report: Report = print,
     stop_after: int | None = None,
+    objective: Objective | None = None,
 ) -> dict[str, float]:
     """Train `model` in place until the budget is spent; resume from `checkpoint` where it exists.
 
-    `stop_after` ends the call after so many steps (as a kill after a checkpoint would). Returns tokens, seconds and the
-    smoothed loss, which also go into a JSON file beside the checkpoint.
+    `stop_after` ends the call after so many steps (as a kill after a checkpoint would). `objective` is what is
+    minimized, a function of `model`'s weights (None: its own loss). Returns tokens, seconds and smoothed loss, which
+    also go into a JSON file beside the checkpoint.
     """
     device = pick_device()
     torch.manual_seed(recipe.seed)
@@ -142,7 +177,8 @@ def train(
             opt.load_state_dict(saved)
         seen, spent, smooth = state["tokens"], state["seconds"], state["loss"]
         report(f"resumed at {seen / 1e6:.2f}M tokens, {spent / 60:.1f} min")
-    loss_of = torch.compile(model.loss, dynamic=False) if recipe.compile else model.loss
+    objective = model.loss if objective is None else objective
+    loss_of = torch.compile(objective, dynamic=False) if recipe.compile else objective
     began = time.monotonic() - spent
     saved_at = reported_at = time.monotonic()
     reported_tokens = seen

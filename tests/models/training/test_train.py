@@ -154,8 +154,10 @@ def test_the_card_takes_the_numbers(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
         export.write_card(tmp_path, section)
-    (tmp_path / "README.md").write_text(f"# t\n{export.BEGIN_NUMBERS}\nold\n{export.END_NUMBERS}\nend\n")
+    (begin, end), (int8_begin, int8_end) = export.MARKERS, export.INT8_MARKERS
+    card = f"# t\n{begin}\nold\n{end}\nbetween\n{int8_begin}\nold\n{int8_end}\nend\n"
+    (tmp_path / "README.md").write_text(card)
     export.write_card(tmp_path, section)
-    card = (tmp_path / "README.md").read_text()
-    assert "old" not in card
-    assert card.endswith("end\n")
+    export.write_card(tmp_path, "| new |", export.INT8_MARKERS)
+    written = (tmp_path / "README.md").read_text()
+    assert written == card.replace("old\n", f"\n{section}\n\n", 1).replace("old\n", "\n| new |\n\n")

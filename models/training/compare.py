@@ -1,0 +1,173 @@
+"""What int8 costs, and what training for it brings: several weights, each in every precision, on one held-out text.
+
+The model is `models.training.decoder` in float32 with fake quantization, so all that differs between two rows of the
+table is the weights or the rounding of the linear layers. Every row is paired with the first one document by document;
+the error given for a difference is the standard error of the mean of those pairs, as they stand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from kernels.ops import QuantizationMode
+from models.training.corpus import documents, heldout_tasks
+from models.training.data import encode
+from models.training.decoder import Decoder
+from models.training.evaluate import Report, exact_match, padded
+from models.training.export import rounded
+from models.training.tasks import EXACT, SHOTS
+from models.training.train import pick_device
+
+MODES: tuple[QuantizationMode, ...] = ("none", "w8a16", "w8a8")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one precision. Perplexities are per token; divergences in nats a token; shares between 0 and 1."""
+
+    weights: str
+    mode: QuantizationMode
+    perplexity_stories: float
+    perplexity_all: float
+    excess: float  # nats a token, all documents, over the first row
+    excess_error: float  # its standard error
+    kl: float  # of this precision from the same weights unquantized
+    top1: float  # share of places where both have the same most likely token
+    exact: dict[str, float]  # task -> share of answers right to the letter, over all numbers of shots
+    exact_all: float
+
+    def line(self) -> str:
+        return (
+            f"{self.weights:10} {self.mode:5}  stories {self.perplexity_stories:.4f}  all {self.perplexity_all:.4f}  "
+            f"excess {self.excess:+.5f} ± {self.excess_error:.5f}  KL {self.kl:.6f}  top-1 {self.top1:.4f}  "
+            f"exact {self.exact_all:.4f}  " + "  ".join(f"{name} {share:.3f}" for name, share in self.exact.items())
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and on how many held-out documents, tokens of them and tasks they were measured."""
+
+    documents: int
+    tokens: int
+    tasks: int
+    rows: list[Row]
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Comparison:
+        """Raises FileNotFoundError, with what to do, where there is none."""
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: run `python -m models.training compare` first")
+        found = json.loads(path.read_text())
+        return cls(**found | {"rows": [Row(**row) for row in found["rows"]]})
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Per document float64 [documents]: nats of its tokens, divergence from unquantized, places that agree with it."""
+
+    nats: Tensor
+    divergence: Tensor
+    agreed: Tensor
+
+
+@torch.inference_mode()
+def _read(model: Decoder, ids: Sequence[Sequence[int]]) -> dict[QuantizationMode, _Read]:
+    """Every precision of one model on the documents `ids`; unquantized comes first, to hold the others against it."""
+    sums = {mode: torch.zeros(3, len(ids), dtype=torch.float64) for mode in MODES}
+    device = next(model.parameters()).device
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # less padding
+    for start in range(0, len(ids), 16):
+        some = by_length[start : start + 16]
+        batch = padded([ids[i] for i in some], device)
+        lengths = torch.tensor([len(ids[i]) - 1 for i in some], device=device)
+        counts = torch.arange(batch.shape[1] - 1, device=device) < lengths[:, None]
+        plain: Tensor | None = None
+        for mode in MODES:
+            scores = model.as_served(mode).logits(batch[:, :-1]).log_softmax(-1)
+            plain = scores if plain is None else plain
+            nats = F.nll_loss(scores.transpose(1, 2), batch[:, 1:], reduction="none")
+            divergence = F.kl_div(scores, plain, reduction="none", log_target=True).sum(-1)
+            agreed = scores.argmax(-1) == plain.argmax(-1)
+            for total, values in zip(sums[mode], (nats, divergence, agreed), strict=True):
+                total[some] = (values * counts).sum(1).double().cpu()
+    return {mode: _Read(*sums[mode]) for mode in MODES}
+
+
+def compare(
+    models: Mapping[str, Decoder], tokenizer: Tokenizer, seed: int, num_documents: int, per_cell: int, report: Report
+) -> Comparison:
+    """Each of `models` in each precision, on held-out documents and on `per_cell` tasks a kind and number of shots.
+
+    Weights are rounded to bfloat16 first, as they are exported.
+    """
+    found = list(documents(seed, "heldout", num_documents))
+    ids = [encode(tokenizer, document.pieces)[0] for document in found]
+    tokens = torch.tensor([len(row) - 1 for row in ids], dtype=torch.float64)
+    stories = torch.tensor([document.kind == "story" for document in found])
+    cells = {name: [t for k in SHOTS for t in heldout_tasks(seed, name, k, per_cell)] for name in EXACT}
+    first: Tensor | None = None
+    rows = []
+    for name, model in models.items():
+        rounded(model).to(pick_device()).eval()
+        read = _read(model, ids)
+        for mode in MODES:
+            model.as_served(mode)
+            exact = {task: exact_match(model, tokenizer, tasks) for task, tasks in cells.items()}
+            nats = read[mode].nats
+            first = nats if first is None else first
+            excess, error = _paired(nats - first, tokens)
+            rows.append(
+                Row(
+                    name,
+                    mode,
+                    math.exp(nats[stories].sum() / tokens[stories].sum()),
+                    math.exp(nats.sum() / tokens.sum()),
+                    excess,
+                    error,
+                    float(read[mode].divergence.sum() / tokens.sum()),
+                    float(read[mode].agreed.sum() / tokens.sum()),
+                    exact,
+                    sum(exact.values()) / len(exact),
+                )
+            )
+            report(rows[-1].line())
+        model.as_served("none")
+    return Comparison(len(ids), int(tokens.sum()), per_cell * len(SHOTS) * len(EXACT), rows)
+
+
+def _paired(differences: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """Differences in nats a document -> their mean a token, and its standard error (of a ratio of two means)."""
+    mean = differences.sum() / tokens.sum()
+    residuals = differences - mean * tokens
+    return float(mean), float(residuals.square().sum().sqrt() / tokens.sum())
+
+
+def section(comparison: Comparison, titles: Mapping[str, str]) -> str:
+    """The table as Markdown; `titles` says what each of the weights is."""
+    lines = [
+        "| weights | served as | perplexity, stories | perplexity, all | nats a token over the first row "
+        "| KL from bf16 | same most likely token | tasks right |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in comparison.rows:
+        plain = row.mode == "none"
+        kept = ("", "") if plain else (f"{row.kl:.5f}", f"{100 * row.top1:.2f} %")
+        lines.append(
+            f"| {titles.get(row.weights, row.weights)} | {'bf16' if plain else row.mode} "
+            f"| {row.perplexity_stories:.4f} | {row.perplexity_all:.4f} "
+            f"| {row.excess:+.5f} ± {row.excess_error:.5f} | {kept[0]} | {kept[1]} | {100 * row.exact_all:.2f} % |"
+        )
+    return "\n".join(lines)
