@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
 
             print(f"stet {VERSION}")
             return EXIT_OK
+        if flags.command == "plan":
+            return _plan(flags)
         if flags.command == "evaluate":
             return _evaluate(flags)
         return _serve(flags, engine_command, began)
@@ -80,6 +82,19 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     _add_evaluate_flags(evaluate)
+    plan = commands.add_parser(
+        "plan",
+        help="say whether a model fits and how fast it will be",
+        description="Say what a model needs and how fast it will be, from its configuration alone: bytes of weights "
+        "and KV cache, the longest context and the most sequences that fit, predicted speed for every quantization, "
+        "and what training it would take. The first plan measures this machine, which takes some seconds.",
+        allow_abbrev=False,
+    )
+    given = sys.argv[1:] if arguments is None else arguments
+    if "plan" in given[:1]:  # what it imports would only hold up the others
+        from server.planner.command import add_flags as add_plan_flags
+
+        add_plan_flags(plan)
     commands.add_parser("version", help="print the version", allow_abbrev=False)
     return parser.parse_args(arguments)
 
@@ -125,6 +140,14 @@ def _count_of(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 1 to 999999999")
     return int(text)
+
+
+def _plan(flags: argparse.Namespace) -> int:
+    from server.planner.command import run
+
+    for number in _SIGNALS:  # there is nothing to drain, and a plan that was cut off has not succeeded
+        signal.signal(number, signal.SIG_DFL)
+    return run(flags)
 
 
 def _evaluate(flags: argparse.Namespace) -> int:

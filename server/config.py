@@ -38,7 +38,8 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def _integer(low: int, high: int | None = None) -> Callable[[str], int]:
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A parser of integers from `low` to `high`; its ValueError says what is allowed, as those of all parsers here."""
     allowed = f"an integer from {low}" + (f" to {high}" if high is not None else "")
 
     def parse(text: str) -> int:
@@ -73,7 +74,8 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _choice(*names: str) -> Callable[[str], str]:
+def choice(*names: str) -> Callable[[str], str]:
+    """A parser of one of these names."""
     def parse(text: str) -> str:
         if text not in names:
             raise ValueError(f"one of {', '.join(names)}")
@@ -108,20 +110,20 @@ class Settings:
 
     model: str = _setting("stet-tales", _text, "what to serve: a folder, a Hub name, or the embedded model", "MODEL")
     host: str = _setting("127.0.0.1", _text, "address to bind", "ADDRESS")
-    port: int = _setting(8000, _integer(0, 65535), "port to bind; 0 takes a free one", "PORT")
+    port: int = _setting(8000, integer(0, 65535), "port to bind; 0 takes a free one", "PORT")
     insecure: bool = _setting(False, _switch, "allow an address that other machines can reach, without API keys")
     revision: str | None = _setting(None, _text, "branch, tag or commit of a Hub model", "NAME", "the main one")
     offline: bool = _setting(False, _switch, "use only what is on this machine; download nothing")
-    device: str = _setting("auto", _choice("auto", "cpu", "cuda"), "where the model runs: auto, cpu or cuda", "DEVICE")
+    device: str = _setting("auto", choice("auto", "cpu", "cuda"), "where the model runs: auto, cpu or cuda", "DEVICE")
     dtype: str = _setting(
         "auto",
-        _choice("auto", "bfloat16", "float16", "float32"),
+        choice("auto", "bfloat16", "float16", "float32"),
         "type of weights and activations: auto, bfloat16, float16 or float32",
         "DTYPE",
     )
     quantization: str = _setting(
         "none",
-        _choice("none", "w8a16", "w8a8"),
+        choice("none", "w8a16", "w8a8"),
         "how weights are stored and multiplied: none, w8a16 or w8a8 (int8, on CUDA)",
         "MODE",
     )
@@ -129,36 +131,36 @@ class Settings:
         False, _switch, "let cuBLAS compute unquantized layers: on CUDA, tokens may then depend on the batch"
     )
     max_model_len: int | None = _setting(
-        None, _integer(1), "tokens of one sequence, prompt and output", "TOKENS", "what the model was made for"
+        None, integer(1), "tokens of one sequence, prompt and output", "TOKENS", "what the model was made for"
     )
     kv_cache_memory: int | None = _setting(
         None, parse_bytes, "memory of the KV cache, such as 2GiB", "SIZE", "a share of what is free"
     )
     kv_cache_dtype: str = _setting(
-        "auto", _choice("auto", "bf16", "int8"), "what the KV cache holds: auto, bf16 or int8 (on CUDA)", "DTYPE"
+        "auto", choice("auto", "bf16", "int8"), "what the KV cache holds: auto, bf16 or int8 (on CUDA)", "DTYPE"
     )
     gpu_memory_fraction: float = _setting(
         0.9, _fraction, "how much of the GPU's memory the engine may take", "FRACTION"
     )
-    block_size: int | None = _setting(None, _integer(1, 1024), "tokens of one KV block", "TOKENS", "16; 64 on cuda")
-    max_running: int = _setting(64, _integer(1, 4096), "requests in one step at most", "COUNT")
-    max_waiting: int = _setting(256, _integer(0, 1_000_000), "requests that may wait; further ones get 429", "COUNT")
-    max_tokens_per_step: int = _setting(2048, _integer(1, 1_000_000), "tokens computed in one step at most", "TOKENS")
+    block_size: int | None = _setting(None, integer(1, 1024), "tokens of one KV block", "TOKENS", "16; 64 on cuda")
+    max_running: int = _setting(64, integer(1, 4096), "requests in one step at most", "COUNT")
+    max_waiting: int = _setting(256, integer(0, 1_000_000), "requests that may wait; further ones get 429", "COUNT")
+    max_tokens_per_step: int = _setting(2048, integer(1, 1_000_000), "tokens computed in one step at most", "TOKENS")
     mixed_step_tokens: int | None = _setting(
         None,
-        _integer(1, 1_000_000),
+        integer(1, 1_000_000),
         "prompt tokens beside running streams in one step at most",
         "TOKENS",
         "measured at warm-up",
     )
     no_prefix_caching: bool = _setting(False, _switch, "compute every prompt anew")
-    threads: int | None = _setting(None, _integer(1, 1024), "CPU threads of the engine", "COUNT", "the physical cores")
+    threads: int | None = _setting(None, integer(1, 1024), "CPU threads of the engine", "COUNT", "the physical cores")
     drain_timeout: float = _setting(30.0, _seconds, "time for running requests to finish after SIGTERM", "SECONDS")
     max_crashes_per_minute: int = _setting(
-        3, _integer(1, 1000), "so many engine crashes within a minute, and it is not started again", "COUNT"
+        3, integer(1, 1000), "so many engine crashes within a minute, and it is not started again", "COUNT"
     )
     log_format: str = _setting(
-        "", _choice("json", "text"), "log lines: json or text", "FORMAT", "text on a terminal, else json"
+        "", choice("json", "text"), "log lines: json or text", "FORMAT", "text on a terminal, else json"
     )
 
     @property

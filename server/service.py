@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from server.client import EngineClient, Mailbox
+from server.engine.config import EngineConfig
 from server.engine.messages import Ready
 from server.engine.request import FinishReason, SamplingParams
 from server.generation import (
@@ -190,6 +191,17 @@ class Service:
     def model(self) -> str:
         """What the served model is called in requests and answers; "" until it is known."""
         return self._model
+
+    @property
+    def model_folder(self) -> Path | None:
+        """Where the served model's files are; None until it is known. Not for clients."""
+        ready = self._supervisor.ready
+        return None if ready is None else Path(ready.model_path)
+
+    @property
+    def engine_config(self) -> EngineConfig:
+        """The settings that the engine was started with."""
+        return self._supervisor.config
 
     @property
     def fingerprint(self) -> str:

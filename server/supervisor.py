@@ -180,6 +180,11 @@ class Supervisor:
         self._failed_starts = 0  # processes in a row, this one included, that have not been ready
 
     @property
+    def config(self) -> EngineConfig:
+        """What the engine is told."""
+        return self._config
+
+    @property
     def pid(self) -> int | None:
         """The engine's process id, while there is one."""
         return self._process.popen.pid if self._process is not None else None

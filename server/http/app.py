@@ -19,6 +19,7 @@ from server.http.generate import Call, GenerationResponse, known_params, read_ge
 from server.http.limits import Limits
 from server.http.openai.calls import CHAT, COMPLETIONS, read_chat, read_completion
 from server.http.openai.schemas import ChatBody, CompletionBody
+from server.http.plan import PlanBody, PlanRoute, PlanService
 from server.http.schemas import GenerateBody
 from server.http.sse import encode_json
 from server.http.tokens import DetokenizeBody, TokenizeBody, TokenService, detokenize, tokenize
@@ -29,19 +30,19 @@ logger = logging.getLogger("stet.http")
 
 _MODELS = "/v1/models"
 ROUTES = (
-    *("/generate", COMPLETIONS, CHAT, _MODELS, "/tokenize", "/detokenize"),
+    *("/generate", COMPLETIONS, CHAT, _MODELS, "/tokenize", "/detokenize", "/plan"),
     *("/info", "/livez", "/readyz", "/health", "/metrics"),
 )
 _FIELDS = "stet.fields"
 _NAMES = frozenset().union(
-    *(body.model_fields for body in (GenerateBody, ChatBody, CompletionBody, TokenizeBody, DetokenizeBody))
+    *(body.model_fields for body in (GenerateBody, ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, PlanBody))
 )
 # No client sees it: the log's and the metrics' way to say that the client left before an answer, as in nginx.
 _CLIENT_GONE = 499
 _PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
-class AppService(TokenService, Protocol):
+class AppService(TokenService, PlanService, Protocol):
     """What the routes need of server.service.Service."""
 
     @property
@@ -99,6 +100,7 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
     generation(COMPLETIONS, read_completion)
     text("/tokenize", tokenize)
     text("/detokenize", detokenize)
+    text("/plan", PlanRoute().answer)
 
     since = int(time.time())
 

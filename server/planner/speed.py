@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from models.config import ModelConfig
 from server.planner.rates import Rates
-from server.planner.sizes import Backend, kv_block, linear_bytes, linear_shapes
+from server.planner.sizes import Backend, LinearShape, kv_block, linear_bytes, linear_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,67 +49,63 @@ class SpeedModel:
 
     def decode(self, sequences: int, context: int) -> StepTime:
         """A step in which `sequences` sequences draw a token each, with `context` tokens in the cache."""
-        seen = [min(context, window or context) for window in self._windows()]
-        return self._step(sequences, sequences, sum(seen) * sequences, sum(seen) * sequences, sequences, decode=True)
+        seen = sequences * sum(layers * min(context, window or context) for window, layers in self._windows())
+        linears = self._rows(sequences, draws=sequences)
+        overhead = self.rates.overhead(self.config.num_layers, sequences)
+        return self._step(sequences, linears, seen, seen, sequences, overhead, decode=True)
 
     def prefill(self, prompt: int, max_tokens_per_step: int) -> StepTime:
         """A prompt of so many tokens, alone, in as many steps as it takes; the last one draws the first token."""
-        parts = [
-            self._prefill_step(start, min(max_tokens_per_step, prompt - start), last=start + max_tokens_per_step >= prompt)
-            for start in range(0, prompt, max_tokens_per_step)
-        ]
-        return StepTime(
-            prompt,
-            sum(part.linears for part in parts),
-            sum(part.attention for part in parts),
-            sum(part.elementwise for part in parts),
-            sum(part.sampling for part in parts),
-            sum(part.overhead for part in parts),
-        )
-
-    def _prefill_step(self, start: int, tokens: int, last: bool) -> StepTime:
+        steps = -(-prompt // max_tokens_per_step)
+        last = prompt - (steps - 1) * max_tokens_per_step
+        linears = (steps - 1) * self._rows(max_tokens_per_step, draws=0) + self._rows(last, draws=1)
         pairs = read = 0
-        for window in self._windows():
+        for window, layers in self._windows():
             # Token i sees i + 1 tokens, or as many as the window holds.
-            full = window or start + tokens
-            growing = max(min(full - start, tokens), 0)
-            pairs += growing * start + growing * (growing + 1) // 2 + (tokens - growing) * full
-            read += min(start + tokens, full + tokens)
-        return self._step(tokens, 1, pairs, read, 1 if last else 0, decode=False)
+            full = min(window or prompt, prompt)
+            pairs += layers * (full * (full + 1) // 2 + (prompt - full) * full)
+            # Each step reads what is in the cache, or the window and the step's own tokens.
+            growing = min(full // max_tokens_per_step + 1, steps) if window else steps
+            read += layers * max_tokens_per_step * (growing * (growing + 1) // 2)
+            read += layers * (steps - growing) * (full + max_tokens_per_step)
+        overhead = steps * self.rates.overhead(self.config.num_layers, 1)
+        return self._step(prompt, linears, pairs, read, 1, overhead, decode=False)
 
-    def _windows(self) -> list[int | None]:
-        return [self.config.layer_window(layer) for layer in range(self.config.num_layers)]
+    def _windows(self) -> list[tuple[int | None, int]]:
+        """Each window, and how many layers have it."""
+        config = self.config
+        sliding = sum(config.sliding_layers)
+        return [(None, config.num_layers - sliding), (config.sliding_window, sliding)]
 
-    def _step(self, tokens: int, sequences: int, pairs: int, read: int, draws: int, decode: bool) -> StepTime:
-        """tokens: rows of the layers; pairs: of a query and a key, over all layers; read: tokens of K and V that are
-        read, over all layers; draws: rows of the head."""
-        config, rates, mode = self.config, self.rates, self.mode
-        shapes = [shape for shape in linear_shapes(config) if shape.role != "table"]
-        sizes = {shape.name: self._bytes(shape.name) for shape in shapes}
-        model_bytes = sum(sizes.values())
-        linears = 0.0
-        for shape in shapes:
-            rows = draws if shape.role == "head" else tokens
-            if rows:
-                linears += rates.linear(mode, shape.num_weights, sizes[shape.name], model_bytes, rows)
+    def _rows(self, tokens: int, draws: int) -> float:
+        """Seconds of the products of one step: `tokens` rows through the layers, `draws` through the head."""
+        shapes = [shape for shape in linear_shapes(self.config) if shape.role != "table"]
+        sizes = [self._read_bytes(shape) for shape in shapes]
+        seconds = 0.0
+        for shape, num_bytes in zip(shapes, sizes, strict=True):
+            if rows := draws if shape.role == "head" else tokens:
+                seconds += self.rates.linear(self.mode, shape.num_weights, num_bytes, sum(sizes), rows)
+        return seconds
+
+    def _step(
+        self, tokens: int, linears: float, pairs: int, read: int, draws: int, overhead: float, decode: bool
+    ) -> StepTime:
+        """pairs: of a query and a key, over all layers; read: tokens of K and V that are read, over all layers; draws:
+        rows of logits."""
+        config, rates = self.config, self.rates
         kv_bytes = kv_block(config, self.kv_dtype, 1).bytes_per_token // config.num_layers
-        operations = 4.0 * pairs * config.num_heads * config.head_dim
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         values = config.num_layers * (2 * config.hidden_size + q + 2 * kv + config.intermediate_size)
         return StepTime(
             tokens=tokens,
             linears=linears,
-            attention=rates.attention(self.kv_dtype, operations, float(read * kv_bytes), decode),
+            attention=rates.attention(self.kv_dtype, 4.0 * pairs * q, float(read * kv_bytes), decode),
             elementwise=rates.elementwise(float(tokens * values)),
             sampling=rates.sampling(float(draws * config.vocab_size)),
-            overhead=rates.overhead(config.num_layers, sequences),
+            overhead=overhead,
         )
 
-    def _bytes(self, name: str) -> int:
-        """What a step reads of a weight. A table kept beside a packed head is not read."""
-        for shape in linear_shapes(self.config):
-            if shape.name == name:
-                size = linear_bytes(shape, self.mode, self.backend, self.config.dtype)
-                doubled = self.backend.name == "portable" and shape.embedding
-                return size // 2 if doubled else size
-        raise KeyError(name)
+    def _read_bytes(self, shape: LinearShape) -> int:
+        """What a step reads of a weight. The rows that are kept beside a packed table are not read."""
+        size = linear_bytes(shape, self.mode, self.backend, self.config.dtype)
+        return size // 2 if self.backend.name == "portable" and shape.embedding else size

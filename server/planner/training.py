@@ -1,16 +1,16 @@
 """What training the same model would take: parameters, gradients, Adam's moments and activations.
 
-The textbook's count in float32 is 4 bytes a parameter and 20 more (Fregly, Barth and Eigenbrode, "Generative AI on AWS",
-chapter 4): 4 for the gradient, 8 for Adam's two moments (arXiv:1412.6980), and an allowance of 8 for activations and
-temporary memory. The first three are exact. The allowance is a rule of thumb, so activations are computed here from the
-batch as well, and both are shown.
+The textbook's count in float32 is 4 bytes a parameter and 20 more (Fregly, Barth and Eigenbrode, "Generative AI on
+AWS", chapter 4): 4 for the gradient, 8 for Adam's two moments (arXiv:1412.6980), and an allowance of 8 for activations
+and temporary memory. The first three are exact. The allowance is a rule of thumb, so activations are computed here from
+the batch as well, and both are shown.
 
 In mixed precision (arXiv:1710.03740, counted as in ZeRO, arXiv:1910.02054, section 3.1) a parameter and its gradient
 take 2 bytes each in bfloat16, and the optimizer keeps 12: a float32 copy and the two moments.
 
-On n devices DDP keeps all of that on each; FSDP, which is stage 3 of ZeRO, keeps a share of 1/n on each, and gathers the
-parameters of one layer while it computes with them (of the next as well, where it prefetches). Activations belong to the
-sequences of a device and are not shared.
+On n devices DDP keeps all of that on each; FSDP, which is stage 3 of ZeRO, keeps a share of 1/n on each, and gathers
+the parameters of one layer while it computes with them (of the next as well, where it prefetches). Activations belong
+to the sequences of a device and are not shared.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def largest_unit(config: ModelConfig) -> int:
 
 
 def activation_bytes(config: ModelConfig, precision: Precision, batch: int, context: int) -> int:
-    """What the forward pass keeps for the backward pass, without recomputation, attention in blocks (arXiv:2205.14135).
+    """What the forward pass keeps for the backward one, without recomputation, attention in blocks (arXiv:2205.14135).
 
-    For each token a norm keeps its input in float32, the normalized and the scaled row, and one float32; attention q and
-    k as rotated, v, its result and one float32 a head; the feed-forward layer gate, its silu, up and their product; the
-    end its norm and the float32 logarithms of the softmax. Counted as in arXiv:2205.05198, for these layers; a test
+    For each token a norm keeps its input in float32, the normalized and the scaled row, and one float32; attention q
+    and k as rotated, v, its result and one float32 a head; the feed-forward layer gate, its silu, up and their product;
+    the end its norm and the float32 logarithms of the softmax. Counted as in arXiv:2205.05198, for these layers; a test
     compares it with what autograd keeps.
     """
     hidden, inner, itemsize = config.hidden_size, config.intermediate_size, precision.activation

@@ -8,10 +8,13 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import uvloop
 
+from models.hub import BUILT_IN_MODELS
+from server.engine.config import EngineConfig
 from server.engine.request import FinishReason
 from server.generation import (
     ChoiceFinished,
@@ -88,6 +91,8 @@ class ScriptedService:
     model: str = "tiny"
     fingerprint: str = "fp_0"
     context_length: int = 100
+    model_folder: Path | None = BUILT_IN_MODELS["stet-tales"]
+    engine_config: EngineConfig = field(default_factory=lambda: EngineConfig(device="cpu"))
 
     async def generate_together(
         self, requests: Sequence[GenerationRequest], endpoint: str = "/generate"
