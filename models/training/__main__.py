@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from models.training import data, export, qat, tokenizer
-from models.training.compare import MODES, Comparison, compare, section
+from models.training.compare import MODES, Comparison, HeldOut, compare, measure, section
 from models.training.decoder import Decoder, Shape
 from models.training.evaluate import Numbers, evaluate
 from models.training.train import Recipe, load_weights, pick_device, save_checkpoint, train
@@ -115,7 +115,15 @@ def run_comparison(args: argparse.Namespace) -> None:
     for mode in MODES:
         if (path := qat.checkpoint(args.scratch, mode)).exists():
             models[path.stem] = load_weights(path, shape(args))
-    found = compare(models, tokenizer.load(args.scratch), args.seed, 4 * args.tasks, args.tasks, say)
+    tokens = tokenizer.load(args.scratch)
+    held_out = HeldOut.make(tokens, args.seed, 4 * args.tasks, args.tasks)
+    measured = {}
+    for name, model in models.items():
+        say(f"compare: measuring {name} in {', '.join(MODES)}")
+        measured[name] = measure(model, tokens, held_out)
+    found = compare(measured, held_out)
+    for row in found.rows:
+        say(row.line())
     found.save(args.scratch / "comparison.json")
 
 

@@ -22,9 +22,9 @@ from kernels.ops import QuantizationMode
 from models.training.corpus import documents, heldout_tasks
 from models.training.data import encode
 from models.training.decoder import Decoder
-from models.training.evaluate import Report, exact_match, padded
+from models.training.evaluate import exact_match, padded
 from models.training.export import rounded
-from models.training.tasks import EXACT, SHOTS
+from models.training.tasks import EXACT, SHOTS, Task
 from models.training.train import pick_device
 
 MODES: tuple[QuantizationMode, ...] = ("none", "w8a16", "w8a8")
@@ -75,17 +75,42 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """Per document float64 [documents]: nats of its tokens, divergence from unquantized, places that agree with it."""
+class HeldOut:
+    """What is measured on: ids of the documents, which of them are plain stories (bool), and the tasks of each kind."""
+
+    ids: list[list[int]]
+    stories: Tensor
+    tasks: dict[str, list[Task]]
+
+    @classmethod
+    def make(cls, tokenizer: Tokenizer, seed: int, num_documents: int, per_cell: int) -> HeldOut:
+        """`num_documents` documents, and `per_cell` tasks a kind and number of shots."""
+        found = list(documents(seed, "heldout", num_documents))
+        tasks = {name: [t for k in SHOTS for t in heldout_tasks(seed, name, k, per_cell)] for name in EXACT}
+        stories = torch.tensor([document.kind == "story" for document in found])
+        return cls([encode(tokenizer, document.pieces)[0] for document in found], stories, tasks)
+
+    @property
+    def tokens(self) -> Tensor:
+        """How many tokens of each document are predicted, float64 [documents]."""
+        return torch.tensor([len(row) - 1 for row in self.ids], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model in one precision. Per document, float64 [documents]: the sum of its tokens' nats, that of their
+    divergence from the same weights unquantized, and at how many places both agree; and a share of each kind of task.
+    """
 
     nats: Tensor
     divergence: Tensor
     agreed: Tensor
+    exact: dict[str, float]
 
 
 @torch.inference_mode()
-def _read(model: Decoder, ids: Sequence[Sequence[int]]) -> dict[QuantizationMode, _Read]:
-    """Every precision of one model on the documents `ids`; unquantized comes first, to hold the others against it."""
+def _read(model: Decoder, ids: Sequence[Sequence[int]]) -> dict[QuantizationMode, Tensor]:
+    """What `Measured` has a document, float64 [3, documents], in every precision."""
     sums = {mode: torch.zeros(3, len(ids), dtype=torch.float64) for mode in MODES}
     device = next(model.parameters()).device
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # less padding
@@ -95,7 +120,7 @@ def _read(model: Decoder, ids: Sequence[Sequence[int]]) -> dict[QuantizationMode
         lengths = torch.tensor([len(ids[i]) - 1 for i in some], device=device)
         counts = torch.arange(batch.shape[1] - 1, device=device) < lengths[:, None]
         plain: Tensor | None = None
-        for mode in MODES:
+        for mode in MODES:  # unquantized comes first, to hold the others against it
             scores = model.as_served(mode).logits(batch[:, :-1]).log_softmax(-1)
             plain = scores if plain is None else plain
             nats = F.nll_loss(scores.transpose(1, 2), batch[:, 1:], reduction="none")
@@ -103,32 +128,32 @@ def _read(model: Decoder, ids: Sequence[Sequence[int]]) -> dict[QuantizationMode
             agreed = scores.argmax(-1) == plain.argmax(-1)
             for total, values in zip(sums[mode], (nats, divergence, agreed), strict=True):
                 total[some] = (values * counts).sum(1).double().cpu()
-    return {mode: _Read(*sums[mode]) for mode in MODES}
+    return sums
 
 
-def compare(
-    models: Mapping[str, Decoder], tokenizer: Tokenizer, seed: int, num_documents: int, per_cell: int, report: Report
-) -> Comparison:
-    """Each of `models` in each precision, on held-out documents and on `per_cell` tasks a kind and number of shots.
+def measure(model: Decoder, tokenizer: Tokenizer, held_out: HeldOut) -> dict[QuantizationMode, Measured]:
+    """One model in every precision. Its weights are rounded to bfloat16 first, as they are exported."""
+    rounded(model).to(pick_device()).eval()
+    read = _read(model, held_out.ids)
+    found = {}
+    for mode in MODES:
+        model.as_served(mode)
+        exact = {name: exact_match(model, tokenizer, tasks) for name, tasks in held_out.tasks.items()}
+        nats, divergence, agreed = read[mode]
+        found[mode] = Measured(nats, divergence, agreed, exact)
+    model.as_served("none")
+    return found
 
-    Weights are rounded to bfloat16 first, as they are exported.
-    """
-    found = list(documents(seed, "heldout", num_documents))
-    ids = [encode(tokenizer, document.pieces)[0] for document in found]
-    tokens = torch.tensor([len(row) - 1 for row in ids], dtype=torch.float64)
-    stories = torch.tensor([document.kind == "story" for document in found])
-    cells = {name: [t for k in SHOTS for t in heldout_tasks(seed, name, k, per_cell)] for name in EXACT}
-    first: Tensor | None = None
+
+def compare(found: Mapping[str, Mapping[QuantizationMode, Measured]], held_out: HeldOut) -> Comparison:
+    """The rows of the table, from what was measured of each of the weights, by name; the first row is the first one."""
+    tokens, stories = held_out.tokens, held_out.stories
+    base = next(iter(found.values()))["none"].nats
     rows = []
-    for name, model in models.items():
-        rounded(model).to(pick_device()).eval()
-        read = _read(model, ids)
-        for mode in MODES:
-            model.as_served(mode)
-            exact = {task: exact_match(model, tokenizer, tasks) for task, tasks in cells.items()}
-            nats = read[mode].nats
-            first = nats if first is None else first
-            excess, error = _paired(nats - first, tokens)
+    for name, precisions in found.items():
+        for mode, measured in precisions.items():
+            nats = measured.nats
+            excess, error = _paired(nats - base, tokens)
             rows.append(
                 Row(
                     name,
@@ -137,15 +162,14 @@ def compare(
                     math.exp(nats.sum() / tokens.sum()),
                     excess,
                     error,
-                    float(read[mode].divergence.sum() / tokens.sum()),
-                    float(read[mode].agreed.sum() / tokens.sum()),
-                    exact,
-                    sum(exact.values()) / len(exact),
+                    float(measured.divergence.sum() / tokens.sum()),
+                    float(measured.agreed.sum() / tokens.sum()),
+                    measured.exact,
+                    sum(measured.exact.values()) / len(measured.exact),
                 )
             )
-            report(rows[-1].line())
-        model.as_served("none")
-    return Comparison(len(ids), int(tokens.sum()), per_cell * len(SHOTS) * len(EXACT), rows)
+    tasks = sum(map(len, held_out.tasks.values()))
+    return Comparison(len(held_out.ids), int(tokens.sum()), tasks, rows)
 
 
 def _paired(differences: Tensor, tokens: Tensor) -> tuple[float, float]:

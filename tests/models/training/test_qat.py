@@ -23,7 +23,7 @@ from models.llama import Llama
 from models.loader import load_model
 from models.training import __main__ as stages
 from models.training import export, qat, tokenizer
-from models.training.compare import MODES, Comparison, compare, section
+from models.training.compare import MODES, Comparison, HeldOut, compare, measure, section
 from models.training.corpus import documents
 from models.training.data import encode, texts
 from models.training.decoder import Decoder, Projection, Shape
@@ -221,7 +221,8 @@ def test_the_comparison_pairs_every_row_with_the_first(
     with torch.no_grad():
         worse.norm.weight *= 0.8
     models = {"start": deepcopy(learned), "worse": worse}
-    found = compare(models, small_tokenizer, 1, 20, 1, lambda line: None)
+    held_out = HeldOut.make(small_tokenizer, 1, 12, 1)
+    found = compare({name: measure(model, small_tokenizer, held_out) for name, model in models.items()}, held_out)
     rows = {(row.weights, row.mode): row for row in found.rows}
     assert len(rows) == 2 * len(MODES)
     first, int8, other = rows["start", "none"], rows["start", "w8a8"], rows["worse", "none"]
@@ -229,7 +230,7 @@ def test_the_comparison_pairs_every_row_with_the_first(
     assert int8.kl > 1e-3
     assert int8.top1 < 1
     for name, row in (("start", first), ("worse", other)):
-        ids = [encode(small_tokenizer, doc.pieces)[0] for doc in documents(1, "heldout", 20)]
+        ids = [encode(small_tokenizer, doc.pieces)[0] for doc in documents(1, "heldout", 12)]
         total, tokens = sum(nats(models[name], [one]).item() for one in ids), sum(len(one) - 1 for one in ids)
         assert tokens == found.tokens
         assert row.perplexity_all == pytest.approx(np.exp(total / tokens), rel=1e-5)
