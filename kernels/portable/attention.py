@@ -85,7 +85,7 @@ def paged_attention(
     one_height: bool,
     workspace: Workspace,
 ) -> Tensor:
-    """query [T, Hq, D] in the cache's dtype -> [T, Hq * D]. `one_height`: give every token a tile of its own."""
+    """query [T, Hq, D] in `cache.dtype` -> [T, Hq * D]. `one_height`: give every token a tile of its own."""
     tokens, heads, head_dim = query.shape
     kv_heads = cache.spec.num_kv_heads
     grouped = query.view(tokens, kv_heads, heads // kv_heads, head_dim)
@@ -130,7 +130,7 @@ def _decode(
         # Padding rows keep what an earlier call left in them; a row's result does not depend on another's.
         some = query[:, piece.heads]
         piece.tile_heads.copy_(some if piece.token_rows is None else some[piece.token_rows])
-        torch.index_select(cache.block_rows, 0, piece.index, out=piece.gathered)
+        cache.gather(piece.index, piece.gathered, workspace)
         result = attend(piece.tiles, piece.keys, piece.values, piece.mask, scale, softcap)[:, :, :group]
         if piece.token_rows is None:
             output[:, piece.heads] = result
@@ -226,7 +226,7 @@ def _gather_buffer(
     """Room for the blocks of an index int64 [2, W, heads, blocks]; its keys and values, each [W, heads, extent, D]."""
     _, count, heads, blocks = index.shape
     width = cache.block_rows.shape[1]
-    buffer = workspace.take("gathered", (2 * count * heads * blocks, width), cache.spec.dtype)
+    buffer = workspace.take("gathered", (2 * count * heads * blocks, width), cache.dtype)
     both = buffer.view(2, count, heads, extent, cache.spec.head_dim)
     return buffer, both[0], both[1]
 
@@ -234,7 +234,7 @@ def _gather_buffer(
 def _gather(cache: PortableKVCache, index: Tensor, extent: int, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """Keys and values of the indexed blocks."""
     buffer, keys, values = _gather_buffer(cache, index, extent, workspace)
-    torch.index_select(cache.block_rows, 0, index.reshape(-1), out=buffer)
+    cache.gather(index.reshape(-1), buffer, workspace)
     return keys, values
 
 

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from kernels.checks import check_weight
+from kernels.int8 import quantize_rows
 from kernels.ops import (
     Activations,
     AttentionMetadata,
@@ -20,6 +20,7 @@ from kernels.ops import (
     KVCacheSpec,
     LinearWeight,
     QuantizationMode,
+    QuantizedActivations,
     QuantizedWeight,
     RotaryTable,
     SampleResult,
@@ -72,7 +73,9 @@ class PortableOps:
         self.dtype = dtype
         self.fallbacks: Counter[str] = Counter()
         self._workspace = Workspace()
-        self._rows_agree: dict[tuple[int, int], bool] = {}
+        self._packs: bool | None = None
+        self._exact: bool | None = None
+        self._rows_agree: dict[tuple[int, int, bool], bool] = {}
         self._heights_agree: dict[tuple[int, torch.dtype, int, bool], bool] = {}
         self._norms: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
 
@@ -83,22 +86,33 @@ class PortableOps:
         mode: QuantizationMode = "none",
         embedding: bool = False,
     ) -> LinearWeight:
-        """Pack the weight; check once for each shape that rows do not depend on their number (see `.linear`)."""
+        """Pack the weight, or keep its rows (see `.linear`); check once for each shape that rows do not depend on
+        their number. Raises ValueError for w8a8 where its product is not exact."""
         check_weight(weight, bias, mode)
-        if isinstance(weight, QuantizedWeight) or mode != "none":
-            raise ValueError(f"mode {mode!r} is not built yet for the CPU backend; use 'none'")
-        packed = linear.pack(weight, bias, self.dtype, fixed_rows=False)
-        shape = (packed.out_features, packed.in_features)
-        if shape not in self._rows_agree:
-            self._rows_agree[shape] = linear.rows_agree(packed)
-            if not self._rows_agree[shape]:
-                self._fall_back("linear", f"[N, K] = {list(shape)} in pieces of {linear.FIXED_ROWS} rows")
-        if not self._rows_agree[shape]:
-            packed = linear.pack(weight, bias, self.dtype, fixed_rows=True)
-        return replace(packed, rows=weight.to(self.dtype, copy=True)) if embedding else packed
+        if mode == "w8a8":
+            if self._exact is None:
+                self._exact = linear.is_exact(self._workspace)
+            if not self._exact:
+                raise ValueError("mode 'w8a8' needs exact sums, which this processor does not give; use 'w8a16'")
+        if self._packs is None:
+            self._packs = linear.packs(self.dtype)
+        packed = mode == "none" and self._packs
+        prepared = linear.prepare(weight, bias, mode, self.dtype, packed, embedding)
+        if mode == "w8a8":
+            return prepared
+        shape = (prepared.out_features, prepared.in_features)
+        key = (*shape, packed)
+        if key not in self._rows_agree:
+            self._rows_agree[key] = linear.rows_agree(prepared, self._workspace)
+            if not self._rows_agree[key]:
+                self._fall_back("linear", f"[N, K] = {list(shape)} one row at a time")
+            elif mode == "none" and not packed:
+                self._fall_back("linear", f"[N, K] = {list(shape)} in {self.dtype} by products in float32")
+        return prepared if self._rows_agree[key] else replace(prepared, one_by_one=True)
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> PortableKVCache:
-        """[2, num_blocks, Hkv, block_size, D], zeroed. Raises ValueError for block sizes that do not divide 128."""
+        """[2, num_blocks, Hkv, block_size, D], zeroed; int8 has scales besides. Raises ValueError for block sizes that
+        do not divide 64."""
         return allocate(spec, num_blocks)
 
     def plan(self, metadata: AttentionMetadata) -> PortablePlan:
@@ -107,17 +121,17 @@ class PortableOps:
 
     def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
         """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
-        if not isinstance(weight, PortableLinear) or weight.rows is None:
+        rows = weight.token_rows(token_ids) if isinstance(weight, PortableLinear) else None
+        if rows is None:
             raise ValueError("weight was not made by this backend's prepare_linear with `embedding`")
-        return F.embedding(token_ids, weight.rows)
+        return rows
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
-        _refuse_int8(quantize)
         if x.dim() != 2 or weight.shape != x.shape[1:]:
             raise ValueError(f"weight must be [H] for x [T, H], got {tuple(weight.shape)} and {tuple(x.shape)}")
         normalized = elementwise.normalize(x, eps, self._workspace)
-        return torch.mul(normalized, weight, out=torch.empty(x.shape, dtype=self.dtype))
+        return _activations(torch.mul(normalized, weight, out=torch.empty(x.shape, dtype=self.dtype)), quantize)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
@@ -129,24 +143,29 @@ class PortableOps:
         return self.rms_norm(total, weight, eps, quantize), total
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
-        """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32."""
+        """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32; in w8a8 from exact integers."""
         if not isinstance(weight, PortableLinear):
             raise ValueError("weight was not made by this backend's prepare_linear")
-        if x.dim() != 2 or x.shape[1] != weight.in_features:
-            raise ValueError(f"x must be [T, {weight.in_features}] for this weight, got {tuple(x.shape)}")
-        return linear.apply(x.to(self.dtype), weight)
+        if isinstance(x, QuantizedActivations) and weight.mode != "w8a8":
+            raise ValueError(f"x is quantized; a weight of mode {weight.mode!r} takes it unquantized")
+        values: Tensor = x.values if isinstance(x, QuantizedActivations) else x
+        if values.dim() != 2 or values.shape[1] != weight.in_features:
+            raise ValueError(f"x must be [T, {weight.in_features}] for this weight, got {tuple(values.shape)}")
+        if isinstance(x, QuantizedActivations):
+            return linear.apply_quantized(x, weight, self._workspace)
+        if weight.mode == "w8a8":
+            return linear.apply_quantized(QuantizedActivations(*quantize_rows(values)), weight, self._workspace)
+        return linear.apply(values.to(self.dtype), weight, self._workspace)
 
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
-        _refuse_int8(quantize)
         _check_gate_up(gate_up)
-        return elementwise.silu_mul(gate_up, self._workspace)
+        return _activations(elementwise.silu_mul(gate_up, self._workspace), quantize)
 
     def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
-        _refuse_int8(quantize)
         _check_gate_up(gate_up)
-        return elementwise.gelu_mul(gate_up, self._workspace)
+        return _activations(elementwise.gelu_mul(gate_up, self._workspace), quantize)
 
     def write_kv(
         self,
@@ -190,8 +209,8 @@ class PortableOps:
         if query.shape[1] % spec.num_kv_heads != 0:
             raise ValueError(f"query has {query.shape[1]} heads, not a multiple of the cache's {spec.num_kv_heads}")
         rows = attention.decode_rows(query.shape[1] // spec.num_kv_heads)
-        one_height = not self._heights(spec.head_dim, spec.dtype, rows, softcap is not None)
-        own = query.to(spec.dtype).contiguous()
+        one_height = not self._heights(spec.head_dim, cache.dtype, rows, softcap is not None)
+        own = query.to(cache.dtype).contiguous()
         output = attention.paged_attention(own, cache, plan, scale, softcap, one_height, self._workspace)
         return output.to(self.dtype)
 
@@ -233,10 +252,9 @@ class PortableOps:
         return found[2]
 
 
-def _refuse_int8(quantize: bool) -> None:
-    """Quantized activations feed w8a8 linears, which this backend's prepare_linear refuses to make."""
-    if quantize:
-        raise ValueError("quantize is not built yet for the CPU backend")
+def _activations(rounded: Tensor, quantize: bool) -> Activations:
+    """Quantized values are those of the result after it is rounded to the backend's dtype."""
+    return QuantizedActivations(*quantize_rows(rounded)) if quantize else rounded
 
 
 def _check_gate_up(gate_up: Tensor) -> None:

@@ -30,7 +30,7 @@ def write_kv(
     """
     tokens, heads, head_dim = query.shape
     kv_heads = key.shape[1]
-    rows = workspace.take("new_kv", (2, tokens, kv_heads, head_dim), cache.spec.dtype)
+    rows = workspace.take("new_kv", (2, tokens, kv_heads, head_dim), cache.dtype)
     both = _side_by_side(query, key)
     if norms is None:
         both = workspace.take("both", tuple(both.shape), torch.float32).copy_(both)
@@ -46,8 +46,8 @@ def write_kv(
     new_query = torch.empty(query.shape, dtype=query.dtype).copy_(both[:, :heads])
 
     if plan.fresh_blocks is not None:
-        cache.data.index_fill_(1, plan.fresh_blocks, 0)
-    cache.token_rows.index_copy_(0, plan.write_index(cache), rows.view(-1, head_dim))
+        cache.clear(plan.fresh_blocks)
+    cache.write(rows.view(-1, head_dim), plan.write_index(cache))
     return new_query
 
 

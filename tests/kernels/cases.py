@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.int8 import dequantize_rows
 from kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, Ops, RotaryTable, SamplingMetadata
 from kernels.portable.kv_cache import PortableKVCache
 from kernels.portable.plan import PortablePlan
@@ -60,9 +61,17 @@ def attention_step(
 
 
 def stored(cache: PortableKVCache, plan: PortablePlan) -> Tensor:
-    """Keys and values of the step's new tokens: [2, T, Hkv, D]."""
-    rows = cache.token_rows.index_select(0, plan.write_index(cache))
+    """Keys and values of the step's new tokens, dequantized: [2, T, Hkv, D]."""
+    index = plan.write_index(cache)
+    rows = cache.token_rows.index_select(0, index)
+    if cache.scales is not None:
+        rows = dequantize_rows(rows, cache.scales.view(-1).index_select(0, index))
     return rows.view(2, plan.num_tokens, cache.spec.num_kv_heads, cache.spec.head_dim)
+
+
+def poison(cache: PortableKVCache) -> None:
+    """Fill a cache with what dead requests may have left in it: NaN, in int8 in its scales."""
+    (cache.data if cache.scales is None else cache.scales).fill_(float("nan"))
 
 
 def block_table(seq_len: int, block_size: int, free: list[int]) -> list[int]:

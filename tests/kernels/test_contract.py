@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kernels.ops import AttentionMetadata, KVCacheSpec, Ops, RotaryTable
-from kernels.portable import PortableOps
+from kernels.ops import AttentionMetadata, KVCacheSpec, Ops, QuantizedActivations, QuantizedWeight, RotaryTable
+from kernels.portable import PortableOps, linear
 from kernels.reference import ReferenceOps
 from tests.kernels.cases import sampling
 
@@ -27,7 +27,7 @@ def test_signatures_equal_the_protocol(backend: type, method: str) -> None:
 
 
 def test_protocol_covers_what_a_decoder_needs() -> None:
-    assert len(METHODS) == 12
+    assert len(METHODS) == 13
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -79,6 +79,19 @@ def test_linear_refuses_what_it_does_not_know(backend: Callable[[], Ops]) -> Non
         ops.prepare_linear(torch.zeros(3))
     with pytest.raises(ValueError, match="prepare_linear"):
         ops.linear(torch.zeros(1, 4), object())  # type: ignore[arg-type]
+    quantized = QuantizedActivations(torch.zeros(1, 4, dtype=torch.int8), torch.zeros(1))
+    for mode in ("none", "w8a16"):
+        with pytest.raises(ValueError, match=f"x is quantized; a weight of mode '{mode}'"):
+            ops.linear(quantized, ops.prepare_linear(torch.zeros(3, 4), mode=mode))
+    values, scales = torch.zeros(3, 4, dtype=torch.int8), torch.zeros(3)
+    for weight, message in [
+        (QuantizedWeight(values, scales[:2]), r"scales must be \[3\]"),
+        (QuantizedWeight(values.float(), scales), "int8 with float32 scales"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.prepare_linear(weight, mode="w8a8")
+    with pytest.raises(ValueError, match="mode must be 'w8a16' or 'w8a8'"):
+        ops.prepare_linear(QuantizedWeight(values, scales))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,11 +120,7 @@ def test_bad_sampling_is_refused(backend: Callable[[], Ops], fields: dict[str, o
         backend().sample(torch.zeros(2, 7), sampling(2, **fields))
 
 
-def test_cpu_refusals() -> None:
-    with pytest.raises(ValueError, match="'w8a8' is not built"):
-        PortableOps().prepare_linear(torch.zeros(3, 4), mode="w8a8")
-    with pytest.raises(ValueError, match="quantize is not built"):
-        PortableOps().silu_mul(torch.zeros(2, 4), quantize=True)
+def test_portable_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="float16"):
         PortableOps(dtype=torch.float16)
     with pytest.raises(ValueError, match="threads is 0"):
@@ -119,7 +128,7 @@ def test_cpu_refusals() -> None:
     ops = PortableOps(dtype=torch.float32)
     with pytest.raises(ValueError, match="must divide 64"):
         ops.allocate_kv_cache(KVCacheSpec(2, 8, 48, torch.float32), 4)
-    with pytest.raises(ValueError, match="bfloat16 or float32"):
+    with pytest.raises(ValueError, match="bfloat16, float32 or int8"):
         ops.allocate_kv_cache(KVCacheSpec(2, 8, 16, torch.float16), 4)
     with pytest.raises(ValueError, match="below 32768"):
         ops.rms_norm(torch.zeros(1, 40000), torch.zeros(40000), 1e-6)
@@ -129,3 +138,12 @@ def test_cpu_refusals() -> None:
         ops.linear(torch.zeros(1, 5), ops.prepare_linear(torch.zeros(3, 4)))
     with pytest.raises(ValueError, match="bias must be"):
         ops.prepare_linear(torch.zeros(3, 4), torch.zeros(4))
+    with pytest.raises(ValueError, match="int32 sums of w8a8 hold up to 133144"):
+        ops.prepare_linear(torch.zeros(1, 133145), mode="w8a8")
+    with pytest.raises(ValueError, match="with `embedding`"):
+        ops.embedding(torch.tensor([0]), ops.prepare_linear(torch.zeros(3, 4)))
+    # A library whose float32 sums are not what IEEE 754 says, for example by adding in fewer bits.
+    call = linear._call
+    monkeypatch.setattr(linear, "_call", lambda *args: call(*args).bfloat16().float())
+    with pytest.raises(ValueError, match="'w8a8' needs exact sums"):
+        PortableOps(dtype=torch.float32).prepare_linear(torch.zeros(3, 4), mode="w8a8")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.ops import AttentionMetadata, KVCacheSpec
-from kernels.portable import PortableOps, attention, sampling
+from kernels.portable import PortableOps, attention, linear, sampling
 from tests.kernels.cases import sampling as sampling_metadata
 
 
@@ -17,7 +17,7 @@ def test_none_is_taken_unasked() -> None:
 
 
 def test_each_is_counted_once_and_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("kernels.portable.linear.rows_agree", lambda weight: False)
+    monkeypatch.setattr("kernels.portable.linear.rows_agree", lambda weight, workspace: False)
     monkeypatch.setattr(attention, "heights_agree", lambda *args: False)
     monkeypatch.setattr(sampling, "EXACT", 1.0)
     ops = PortableOps(dtype=torch.float32)
@@ -30,3 +30,14 @@ def test_each_is_counted_once_and_logged(monkeypatch: pytest.MonkeyPatch, caplog
         ops.sample(torch.zeros(1, 50), sampling_metadata(1))
     assert ops.fallbacks == {"linear": 1, "paged_attention": 1, "sample": 1}
     assert len(caplog.messages) == 2
+
+
+def test_bf16_without_the_instructions_is_counted_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the memory of float32, read and multiplied as float32; int8 is at home there."""
+    monkeypatch.setattr(linear, "packs", lambda dtype: dtype == torch.float32)
+    ops = PortableOps(dtype=torch.bfloat16)
+    for shape in ((32, 64), (32, 64), (64, 32)):
+        assert ops.prepare_linear(torch.randn(shape)).nbytes == 2 * 32 * 64
+    ops.prepare_linear(torch.randn(32, 64), mode="w8a16")
+    ops.prepare_linear(torch.randn(32, 64), mode="w8a8")
+    assert ops.fallbacks == {"linear": 2}

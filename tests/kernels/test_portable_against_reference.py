@@ -1,17 +1,21 @@
-"""Each operation of PortableOps gives what ReferenceOps gives, over odd shapes, in bf16 and float32."""
+"""Each operation of PortableOps gives what ReferenceOps gives, over odd shapes, in bf16, float32 and int8."""
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionMetadata
-from kernels.portable import PortableOps, attention
+from kernels.int8 import quantize_rows
+from kernels.ops import Activations, AttentionMetadata, QuantizationMode, QuantizedActivations, QuantizedWeight
+from kernels.portable import PortableOps, attention, linear
 from kernels.reference import ReferenceOps
-from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, stored
+from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, poison, stored
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,16 +53,24 @@ def test_silu_at_the_ends() -> None:
     torch.testing.assert_close(actual, torch.nn.functional.silu(gate), atol=1e-36, rtol=1e-6)
 
 
+def slower(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take a path that this processor may not need."""
+    if way == "one by one":
+        monkeypatch.setattr(linear, "rows_agree", lambda weight, workspace: False)
+    elif way == "bf16 as rows":
+        monkeypatch.setattr(linear, "packs", lambda dtype: dtype == torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(1, 1), (7, 33), (96, 80), (1280, 768), (250, 1003), (33, 11008)]
 )
-@pytest.mark.parametrize("fixed_rows", [False, True])
+@pytest.mark.parametrize("way", ["fast", "one by one", "bf16 as rows"])
 def test_linear(
-    dtype: torch.dtype, out_features: int, in_features: int, fixed_rows: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, out_features: int, in_features: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if fixed_rows:
-        monkeypatch.setattr("kernels.portable.linear.rows_agree", lambda weight: False)
+    slower(way, monkeypatch)
+    monkeypatch.setattr(linear, "BLOCK_VALUES", 1 << 18)
     ops = PortableOps(dtype=dtype)
     weight = torch.randn(out_features, in_features) / in_features**0.5
     for bias in (None, torch.randn(out_features)):
@@ -73,10 +85,77 @@ def test_linear(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 1), (7, 33), (96, 80), (250, 1003), (33, 11008), (700, 1041)]
+)
+@pytest.mark.parametrize("mode", ["w8a16", "w8a8"])
+def test_int8_linear(
+    dtype: torch.dtype, out_features: int, in_features: int, mode: QuantizationMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """w8a8 to the bit: exact integers, then the reference's multiplications. The largest sums are among them."""
+    monkeypatch.setattr(linear, "BLOCK_VALUES", 1 << 18)  # several blocks of features
+    ops = PortableOps(dtype=dtype)
+    weight, x = torch.randn(out_features, in_features), torch.randn(37, in_features).to(dtype)
+    weight[0], x[0] = 3.0, -2.0
+    for bias in (None, torch.randn(out_features).to(dtype)):
+        prepared = ops.prepare_linear(weight, bias, mode)
+        parts = out_features * in_features + 4 * out_features + (0 if bias is None else bias.nbytes)
+        assert prepared.nbytes == parts
+        expected = REFERENCE.linear(x, REFERENCE.prepare_linear(weight, bias, mode))
+        same = ops.prepare_linear(QuantizedWeight(*quantize_rows(weight)), bias, mode)
+        for rows in (1, 5, 37):
+            output = ops.linear(x[:rows], prepared).clone()
+            assert torch.equal(output, ops.linear(x[:rows], same))
+            close(output, expected[:rows], dtype)
+            if mode == "w8a8":
+                assert torch.equal(output, expected[:rows].to(dtype))
+                quantized = QuantizedActivations(*quantize_rows(x[:rows]))
+                assert torch.equal(output, ops.linear(quantized, prepared))
+    assert not ops.fallbacks
+
+
+def test_a_fault_shows_in_its_row_alone() -> None:
+    x = torch.randn(6, 40)
+    x[1, 3], x[4, 39] = float("nan"), float("-inf")
+    for mode in ("none", "w8a16", "w8a8"):
+        ops = PortableOps(dtype=torch.float32)
+        output = ops.linear(x, ops.prepare_linear(torch.randn(9, 40), None, mode))
+        assert torch.isfinite(output).all(-1).tolist() == [True, False, True, True, False, True]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_results_are_those_of_the_plain_ones(dtype: torch.dtype) -> None:
+    ops, weight = PortableOps(dtype=dtype), torch.rand(96).to(dtype)
+    x, residual, gate_up = (torch.randn(5, width).to(dtype) * 3 for width in (96, 96, 192))
+    pairs: list[tuple[Activations, Activations]] = [
+        (ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5, quantize=True)),
+        (ops.add_rms_norm(x, residual, weight, 1e-5)[0], ops.add_rms_norm(x, residual, weight, 1e-5, True)[0]),
+        (ops.silu_mul(gate_up), ops.silu_mul(gate_up, True)),
+        (ops.gelu_mul(gate_up), ops.gelu_mul(gate_up, True)),
+    ]
+    for plain, quantized in pairs:
+        values, scales = quantize_rows(plain)
+        assert torch.equal(quantized.values, values)
+        assert torch.equal(quantized.scales, scales)
+
+
+def test_linear_on_a_processor_without_avx512() -> None:
+    """Some tests of linear layers once more, with every library held to AVX2: no VNNI, no bf16."""
+    limits = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    names = "test_int8_linear or test_linear and fast-250"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names, __file__]
+    result = subprocess.run(command, env=os.environ | limits, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding(dtype: torch.dtype) -> None:
     weight, ids = torch.randn(50, 12), torch.tensor([3, 0, 49, 3])
     ops = PortableOps(dtype=dtype)
     close(ops.embedding(ids, ops.prepare_linear(weight, embedding=True)), weight[ids], dtype)
+    for mode in ("w8a16", "w8a8"):
+        expected = REFERENCE.embedding(ids, REFERENCE.prepare_linear(weight, None, mode, embedding=True))
+        assert torch.equal(ops.embedding(ids, ops.prepare_linear(weight, None, mode, True)), expected.to(dtype))
 
 
 LAYERS = [
@@ -97,22 +176,23 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", [*DTYPES, torch.int8])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.parametrize("one_height", [False, True])
-def test_attention(dtype: torch.dtype, layer: Layer, one_height: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(kv_dtype: torch.dtype, layer: Layer, one_height: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if one_height:
         monkeypatch.setattr(attention, "heights_agree", lambda *args: False)
-    steps_run = STEPS[:2] if one_height else STEPS
+    steps_run = STEPS[:2] if one_height or kv_dtype == torch.int8 else STEPS
+    dtype = torch.float32 if kv_dtype == torch.int8 else kv_dtype
     ops = PortableOps(dtype=dtype)
     rotary = layer.rotary(1024)
     for case, steps in enumerate(steps_run):
         ends = [seq_len for _, seq_len in steps[-1]]
         free = random.Random(case).sample(range(800), 800)
         tables = [block_table(end, layer.block_size, free) for end in ends]
-        cache = ops.allocate_kv_cache(layer.spec(dtype), 800)
-        expected_cache = REFERENCE.allocate_kv_cache(layer.spec(dtype), 800)
-        cache.data.fill_(float("nan"))  # what dead requests may have left in free blocks
+        cache = ops.allocate_kv_cache(layer.spec(kv_dtype), 800)
+        expected_cache = REFERENCE.allocate_kv_cache(layer.spec(kv_dtype), 800)
+        poison(cache)
         for number, step in enumerate(steps):
             metadata = AttentionMetadata([q for q, _ in step], [n for _, n in step], tables, layer.block_size)
             packed = layer.packed(sum(metadata.query_lens), dtype, seed=number)
@@ -121,10 +201,7 @@ def test_attention(dtype: torch.dtype, layer: Layer, one_height: bool, monkeypat
             expected_query = REFERENCE.write_kv(*layer.split(packed), rotary, expected_cache, expected_plan)
             assert torch.equal(query, expected_query.to(dtype))
             slots = torch.cat([s[len(s) - q :] for q, s in zip(metadata.query_lens, expected_plan.slots, strict=True)])
-            written = torch.stack(
-                [expected_cache.keys.flatten(0, 1)[slots], expected_cache.values.flatten(0, 1)[slots]]
-            )
-            assert torch.equal(stored(cache, plan), written)
+            assert torch.equal(stored(cache, plan).float(), torch.stack(expected_cache.read(slots)))
             expected = REFERENCE.paged_attention(
                 query, expected_cache, expected_plan, layer.head_dim**-0.5, layer.softcap
             )
@@ -148,14 +225,15 @@ def test_query_and_key_norm(dtype: torch.dtype) -> None:
     close(stored(cache, plan)[0], expected_cache.keys[2, :5].float(), dtype)
 
 
-def test_float32_cache_under_bf16_activations() -> None:
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
+def test_other_cache_under_bf16_activations(kv_dtype: torch.dtype) -> None:
     layer = Layer(4, 2, 64)
     ops = PortableOps(dtype=torch.bfloat16)
-    cache = ops.allocate_kv_cache(layer.spec(torch.float32), 4)
+    cache = ops.allocate_kv_cache(layer.spec(kv_dtype), 4)
     metadata = AttentionMetadata([9], [9], [[1]], 16)
     packed = layer.packed(9, torch.bfloat16, seed=0)
     _, output, _ = attention_step(ops, layer, cache, metadata, packed, layer.rotary(16))
-    expected_cache = REFERENCE.allocate_kv_cache(layer.spec(torch.float32), 4)
+    expected_cache = REFERENCE.allocate_kv_cache(layer.spec(kv_dtype), 4)
     _, expected, _ = attention_step(REFERENCE, layer, expected_cache, metadata, packed, layer.rotary(16))
     close(output, expected, torch.bfloat16)
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionMetadata
+from kernels.ops import AttentionMetadata, QuantizationMode
 from kernels.portable import PortableOps, attention, linear
-from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, random_sampling, stored
+from kernels.portable.workspace import Workspace
+from tests.kernels.cases import DTYPES, Layer, attention_step, block_table, poison, random_sampling, stored
 
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 15, 16, 17, 31, 33, 64, 65, 97, 128, 130, 300]
 
@@ -30,12 +31,21 @@ def assert_rows_stand(op: Callable[[Tensor], Tensor], x: Tensor, rows: list[int]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("out_features", "in_features"),
-    [(1280, 768), (768, 2048), (4096, 768), (96, 80), (33, 50), (251, 11008), (8192, 2048), (130, 4099)],
+    [(1280, 768), (768, 2048), (96, 80), (33, 50), (7, 33), (251, 11008), (4096, 1024), (130, 4099)],
 )
 def test_linear(dtype: torch.dtype, out_features: int, in_features: int) -> None:
     ops = PortableOps(dtype=dtype)
     weight = ops.prepare_linear(torch.randn(out_features, in_features) / in_features**0.5, torch.randn(out_features))
     assert_rows_stand(lambda x: ops.linear(x, weight), torch.randn(300, in_features).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["w8a16", "w8a8"])
+@pytest.mark.parametrize(("out_features", "in_features"), [(768, 512), (33, 50), (7, 33), (130, 4099)])
+def test_int8_linear(dtype: torch.dtype, mode: QuantizationMode, out_features: int, in_features: int) -> None:
+    ops = PortableOps(dtype=dtype)
+    weight = ops.prepare_linear(torch.randn(out_features, in_features), torch.randn(out_features), mode)
+    assert_rows_stand(lambda x: ops.linear(x, weight), torch.randn(130, in_features).to(dtype), ROWS[:-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,10 +56,19 @@ def test_linear_of_a_long_prompt(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_in_fixed_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.portable.linear.rows_agree", lambda weight: False)
+@pytest.mark.parametrize("mode", ["none", "w8a16"])
+def test_linear_one_by_one(dtype: torch.dtype, mode: QuantizationMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fallback where the start-up check finds that rows depend on their number, with a library in which they do."""
+    call = linear._call
+
+    def depends_on_the_rows(x: Tensor, *weight: Tensor | None) -> Tensor:
+        y = call(x, *weight)
+        return y * (1 + 0.01 * (len(x) + torch.arange(len(x))))[:, None].to(y.dtype)
+
+    monkeypatch.setattr(linear, "_call", depends_on_the_rows)
     ops = PortableOps(dtype=dtype)
-    weight = ops.prepare_linear(torch.randn(60, 300))
+    weight = ops.prepare_linear(torch.randn(60, 300), None, mode)
+    assert ops.fallbacks["linear"] == 1
     assert_rows_stand(lambda x: ops.linear(x, weight), torch.randn(100, 300).to(dtype), [1, 7, 16, 33])
 
 
@@ -117,20 +136,23 @@ LAYERS = [
 class History:
     """Runs one sequence in given chunks among strangers, and keeps what each of its tokens got."""
 
-    def __init__(self, layer: Layer, dtype: torch.dtype, length: int) -> None:
-        self.layer, self.dtype, self.length = layer, dtype, length
+    def __init__(self, layer: Layer, kv_dtype: torch.dtype, length: int) -> None:
+        dtype = torch.float32 if kv_dtype == torch.int8 else kv_dtype
+        self.layer, self.dtype, self.kv_dtype, self.length = layer, dtype, kv_dtype, length
         self.packed = layer.packed(length, dtype, seed=1)
         self.rotary = layer.rotary(1024)
         self.ops = PortableOps(dtype=dtype)
 
-    def run(self, chunks: list[int], strangers: int, seed: int, poison: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, chunks: list[int], strangers: int, seed: int, poisoned: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns (rotated queries, stored keys and values, attention outputs) of the sequence's tokens, in order."""
         rng = random.Random(seed)
         layer, size = self.layer, self.layer.block_size
         num_blocks = 64 + 40 * strangers
-        cache = self.ops.allocate_kv_cache(layer.spec(self.dtype), num_blocks)
-        if poison:
-            cache.data.fill_(float("nan"))
+        cache = self.ops.allocate_kv_cache(layer.spec(self.kv_dtype), num_blocks)
+        if poisoned:
+            poison(cache)
         free = rng.sample(range(num_blocks), num_blocks)
         own_table = block_table(self.length, size, free)
         tables = [block_table(600, size, free) for _ in range(strangers)]
@@ -166,17 +188,17 @@ def chunks_of(length: int, rng: random.Random, sizes: list[int]) -> list[int]:
     return chunks
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv_dtype", [*DTYPES, torch.int8])
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 @pytest.mark.usefixtures("one_thread")  # two threads: in the long sequence below
-def test_attention_alone_batched_chunked_and_token_by_token(dtype: torch.dtype, layer: Layer) -> None:
-    history = History(layer, dtype, length=290)
+def test_attention_alone_batched_chunked_and_token_by_token(kv_dtype: torch.dtype, layer: Layer) -> None:
+    history = History(layer, kv_dtype, length=290)
     rng = random.Random(0)
     expected = history.run([290], strangers=0, seed=0)
     runs = {
-        "whole among others": history.run([290], strangers=3, seed=1, poison=True),
+        "whole among others": history.run([290], strangers=3, seed=1, poisoned=True),
         "chunks alone": history.run(chunks_of(290, rng, [1, 3, 50]), strangers=0, seed=2),
-        "chunks among others": history.run(chunks_of(290, rng, [1, 16, 17, 100]), strangers=2, seed=3, poison=True),
+        "chunks among others": history.run(chunks_of(290, rng, [1, 16, 17, 100]), strangers=2, seed=3, poisoned=True),
         "prompt, then decode": history.run([120] + [1] * 170, strangers=1, seed=4),
     }
     for name, actual in runs.items():
@@ -207,12 +229,18 @@ def test_start_up_checks_see_a_dependence_on_shape(monkeypatch: pytest.MonkeyPat
     """A library whose last bit depends on the number of rows sends both checks to their fallbacks."""
     attend, call = attention.attend, linear._call
     assert attention.heights_agree(64, torch.float32, 4, softcap=False)
-    weight = linear.pack(torch.randn(8, 16), None, torch.float32, fixed_rows=False)
-    assert linear.rows_agree(weight)
+    workspace = Workspace()
+    packed, rows = (
+        linear.prepare(torch.randn(8, 16), None, mode, torch.float32, packed=mode == "none", table=False)
+        for mode in ("none", "w8a16")
+    )
+    assert linear.rows_agree(packed, workspace)
+    assert linear.rows_agree(rows, workspace)
     monkeypatch.setattr(attention, "attend", lambda q, *args: attend(q, *args) * (1 + 1e-6 * (q.shape[2] == 4)))
-    monkeypatch.setattr(linear, "_call", lambda x, weight: call(x, weight) * (1 + 1e-6 * (len(x) == 33)))
+    monkeypatch.setattr(linear, "_call", lambda x, *weight: call(x, *weight) * (1 + 1e-6 * (len(x) == 33)))
     assert not attention.heights_agree(64, torch.float32, 4, softcap=False)
-    assert not linear.rows_agree(weight)
+    assert not linear.rows_agree(packed, workspace)
+    assert not linear.rows_agree(rows, workspace)
 
 
 def test_stock_attention_would_fail() -> None:
@@ -241,12 +269,12 @@ def test_blocks_behind_the_window_may_be_gone(dtype: torch.dtype) -> None:
     assert torch.equal(outputs[0], outputs[1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_dead_sequence_touches_no_other(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kv_dtype", [*DTYPES, torch.int8])
+def test_a_dead_sequence_touches_no_other(kv_dtype: torch.dtype) -> None:
     """A NaN request in the same step, and then its freed, partly filled blocks in a new owner's hands."""
-    layer = Layer(6, 2, 64)
+    layer, dtype = Layer(6, 2, 64), torch.float32 if kv_dtype == torch.int8 else kv_dtype
     ops, rotary = PortableOps(dtype=dtype), layer.rotary(64)
-    cache = ops.allocate_kv_cache(layer.spec(dtype), 8)
+    cache = ops.allocate_kv_cache(layer.spec(kv_dtype), 8)
     packed = layer.packed(10, dtype, seed=0)
     clean = attention_step(ops, layer, cache, AttentionMetadata([10], [10], [[1]], 16), packed, rotary)[1]
     both = torch.cat([torch.full_like(packed, float("nan")), packed])
