@@ -20,6 +20,7 @@ from kernels.cpu.linear import CpuLinear
 from kernels.cpu.native import SCRATCH_FLOATS, Team
 from kernels.cpu.plan import CpuPlan, make_plan
 from kernels.cpu.program import Program, Recording, computing_is_an_error
+from kernels.cpu.sampling import sample
 from kernels.ops import (
     Activations,
     AttentionMetadata,
@@ -34,7 +35,6 @@ from kernels.ops import (
     SampleResult,
     SamplingMetadata,
 )
-from kernels.portable.sampling import sample
 from kernels.portable.workspace import Workspace
 from kernels.sampling import with_pending
 
@@ -270,7 +270,7 @@ class CpuOps:
         """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
-        return sample(logits, with_pending(metadata, pending), self._workspace, self.fallbacks)
+        return sample(self.team, _floats(logits), with_pending(metadata, pending), self._workspace, self.fallbacks)
 
     def quantize(self, x: Tensor) -> QuantizedActivations:
         """x float32 [T, K] -> integers as the kernels multiply them, with a scale for each row (`kernels.int8`)."""

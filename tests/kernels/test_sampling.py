@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.cpu.ops import CpuOps
 from kernels.ops import Ops, SamplingMetadata
 from kernels.philox import philox_4x32_10, random_31_bits
 from kernels.portable import PortableOps
@@ -19,7 +20,7 @@ from kernels.sampling import draw, kept_weights, multiply_shift_ceil, multiply_s
 from tests.kernels.cases import random_sampling, sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BACKENDS: list[Ops] = [ReferenceOps(), PortableOps()]
+BACKENDS: list[Ops] = [ReferenceOps(), PortableOps(), CpuOps(2)]
 
 
 @pytest.mark.parametrize(
@@ -133,13 +134,15 @@ def test_backends_pick_the_tokens_of_the_oracle() -> None:
 def test_backends_pick_the_same_tokens() -> None:
     """Thousands of rows, vocabularies around the borders of the fast paths."""
     rng, rows_seen = random.Random(1), 0
-    reference, cpu = BACKENDS
+    reference, *others = BACKENDS
     while rows_seen < 4000:
         rows, vocab = rng.randint(1, 12), rng.choice([1, 5, 127, 128, 129, 700, 6500])
         logits, metadata = random_logits(rng, rows, vocab), random_sampling(rng, rows, vocab)
-        expected, actual = reference.sample(logits, metadata), cpu.sample(logits, metadata)
-        assert torch.equal(actual.token_ids, expected.token_ids)
-        assert torch.equal(actual.finite, expected.finite)
+        expected = reference.sample(logits, metadata)
+        for backend in others:
+            actual = backend.sample(logits, metadata)
+            assert torch.equal(actual.token_ids, expected.token_ids)
+            assert torch.equal(actual.finite, expected.finite)
         rows_seen += rows
 
 
@@ -147,7 +150,8 @@ def test_sums_beyond_exact_float64_still_agree() -> None:
     """A flat row of 2^17 + 5 tokens: the sum of the weights exceeds 2^53."""
     logits = torch.zeros(2, (1 << 17) + 5)
     metadata = sampling(2, top_ps=[1.0, 0.7])
-    assert torch.equal(BACKENDS[0].sample(logits, metadata).token_ids, BACKENDS[1].sample(logits, metadata).token_ids)
+    expected, *others = (backend.sample(logits, metadata).token_ids for backend in BACKENDS)
+    assert all(torch.equal(other, expected) for other in others)
 
 
 def test_distribution_is_that_of_transformers() -> None:
@@ -318,7 +322,7 @@ def test_a_draw_on_a_border_takes_the_next_token(
     wanted = [0, 1, 127, 128, 300, 511]
     for off, expected in ((0, wanted), (-1, [j - 1 for j in wanted[1:]])):
         bits = np.array([(j << 22) + off for j in (wanted if off == 0 else wanted[1:])])
-        for module in ("kernels.reference", "kernels.portable.sampling"):
+        for module in ("kernels.reference", "kernels.portable.sampling", "kernels.cpu.sampling"):
             monkeypatch.setattr(f"{module}.random_31_bits", lambda *args, bits=bits: bits)
         logits = torch.zeros(len(bits), 512)
         assert backend.sample(logits, sampling(len(bits), **fields)).token_ids.tolist() == expected
@@ -331,7 +335,7 @@ def test_ties_at_a_border_are_kept() -> None:
     assert np.count_nonzero(kept_weights(logits, sampling(1, min_ps=math.exp(-1) - 1e-9), 0)) == 4
 
 
-@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps])
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
 def test_log_probabilities(backend: type) -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, -1.0], [1.0, float("nan"), 0.0, 0.0]])
     biased = sampling(2, biases=[(0, 0, 100.0)], temperatures=0.0, num_logprobs=3)
@@ -350,7 +354,7 @@ def test_log_probabilities(backend: type) -> None:
         backend().sample(logits, sampling(2, num_logprobs=5))
 
 
-@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps])
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
 def test_a_pending_token_counts_for_penalties(backend: type) -> None:
     """A token that a step in flight has drawn is the last of its row's output."""
     logits = torch.tensor([[1.0, 1.5, 0.0]] * 2)

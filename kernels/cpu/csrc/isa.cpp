@@ -1,5 +1,8 @@
 // All kernels for one instruction set. Compiled once for each: -DSTET_ISA=avx512 and so on (kernels/cpu/build.py).
 
+#include <algorithm>
+#include <functional>
+
 #include "step.h"
 
 #if defined(STET_AVX2) || defined(STET_AVX512)
@@ -15,11 +18,12 @@ namespace {
 #include "rows.h"
 #include "cache.h"
 #include "attention.h"
+#include "sampling.h"
 
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    STET_NAME, GROUP_OF, {embedding, norm, linear, gated, write_kv, attention, quantize}};
+    STET_NAME, GROUP_OF, {embedding, norm, linear, gated, write_kv, attention, quantize, sample}};
 
 }  // namespace STET_ISA

@@ -54,7 +54,8 @@ enum Op : int32_t {
     WRITE_KV = 4,
     ATTENTION = 5,
     QUANTIZE = 6,
-    NUM_OPS = 7,
+    SAMPLE = 7,
+    NUM_OPS = 8,
 };
 
 // One layer's K and V for `num_blocks` blocks.
@@ -95,7 +96,7 @@ struct Command {
 // changes nothing in it.
 struct Work {
     std::atomic<int64_t>* next;
-    int num_threads;
+    int thread, num_threads;
     float* scratch;  // of this thread, SCRATCH_FLOATS
     int64_t take() { return next->fetch_add(1, std::memory_order_relaxed); }
 };

@@ -134,7 +134,7 @@ class Team {
         const int64_t count = count_;
         const Step* step = step_;
         for (int64_t i = 0; i < count; ++i) {
-            Work work{&next_[i % 2], num_threads_, scratch_[thread]};
+            Work work{&next_[i % 2], thread, num_threads_, scratch_[thread]};
             kernels_->ops[commands[i].op](commands[i], step, work);
             meet(i);
         }

@@ -1,0 +1,66 @@
+"""The rule of `kernels.sampling` in C++ (csrc/sampling.h): the same tokens, each row by whichever thread is free.
+
+What few requests ask for stays in NumPy: biases, allowed ids and penalties are applied before; rows with typical-p are
+left to `kernels.sampling`, and counted; log-probabilities come after.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu.native import SAMPLE, Team, command
+from kernels.ops import SampleResult, SamplingMetadata
+from kernels.philox import random_31_bits
+from kernels.portable.workspace import Workspace
+from kernels.sampling import (
+    WEIGHT_BITS,
+    adjust_logits,
+    biases_by_row,
+    check_sampling,
+    draw,
+    kept_weights,
+    log_probabilities,
+)
+
+_CANDIDATE_BYTES = 24
+
+
+def sample(
+    team: Team, logits: Tensor, metadata: SamplingMetadata, workspace: Workspace, fallbacks: Counter[str]
+) -> SampleResult:
+    """logits float32 [R, V] -> one token a row. Raises ValueError as `check_sampling` does."""
+    rows, vocab = logits.shape
+    check_sampling(metadata, rows, vocab)
+    m = metadata
+    random = random_31_bits(m.seeds, m.positions, m.choices)
+    adjusted = np.zeros(rows, dtype=np.uint8)
+    touched = {*m.allowed, *m.prompt_tokens, *m.output_tokens, *(row for row, _, _ in m.biases)}
+    values = logits
+    if touched:
+        values = workspace.take("adjusted", (rows, vocab), torch.float32).copy_(logits)
+        raw, biases = values.numpy(), biases_by_row(m)
+        for row in touched:
+            if np.isfinite(raw[row]).all():
+                raw[row] = adjust_logits(raw[row], m, row, biases.get(row, ()))
+                adjusted[row] = 1
+    temperatures = np.asarray(m.temperatures, dtype=np.float32)
+    top_ks = np.minimum(np.asarray(m.top_ks, dtype=np.int64), vocab).astype(np.int32)
+    top_ps = np.rint(np.asarray(m.top_ps, dtype=np.float64) * (1 << 31)).astype(np.int64)
+    min_weights = np.ceil(np.asarray(m.min_ps, dtype=np.float64) * (1 << WEIGHT_BITS)).astype(np.int64)
+    tokens = np.empty(rows, dtype=np.int64)
+    finite = np.empty(rows, dtype=np.uint8)
+    scratch = workspace.take("candidates", (team.num_threads * vocab * _CANDIDATE_BYTES,), torch.uint8)
+    arrays = (temperatures, top_ks, top_ps, min_weights, random, adjusted, tokens, finite)
+    pointers: tuple[Tensor | int, ...] = (values, *(array.ctypes.data for array in arrays), scratch)
+    team.run(command(SAMPLE, rows, pointers, (vocab, values.stride(0))), 1, None)
+    for row, typical_p in enumerate(m.typical_ps):
+        if typical_p < 1.0 and finite[row]:
+            fallbacks["sample"] += 1
+            tokens[row] = draw(kept_weights(logits[row].numpy(), m, row), int(random[row]))
+    token_ids = torch.from_numpy(tokens)
+    found = log_probabilities(logits, token_ids, m.num_logprobs)
+    return SampleResult(token_ids, torch.from_numpy(finite.astype(bool)), *found)
