@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.ops import Ops, QuantizationMode
 from kernels.reference import ReferenceOps
+from models import evaluate
 from models.config import ModelConfig
 from models.evaluate import ObservedOps, Reader, compare
 from models.layers import DecoderModel
@@ -126,8 +127,8 @@ def test_the_unquantized_model_keeps_its_bits(tied: bool) -> None:
     assert torch.equal(*logits)
 
 
-def test_factors_are_those_of_the_paper() -> None:
-    """Against a direct computation for one layer, up to the rounding to powers of two."""
+def test_factors_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a direct computation for one layer, up to the rounding to powers of two; calibrated in several steps."""
     weights = plant_outliers(random_weights())
     seen: list[Tensor] = []
 
@@ -138,6 +139,7 @@ def test_factors_are_those_of_the_paper() -> None:
 
     ops = Inputs(ReferenceOps())
     Reader(model_of(ops.as_ops(), weights, "none"), ops, torch.float32).hidden(texts(1))
+    monkeypatch.setattr(evaluate, "STEP_TOKENS", 100)
     for strength in (0.25, 0.5, 1.0):
         load = functools.partial(model_of, tensors=weights, mode="none")
         smoothing = calibrate(load, ReferenceOps(), texts(1), strength)
