@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,7 +79,21 @@ class CpuOps:
     ) -> LinearWeight:
         """Pack the weight into panels of 16 output features (`kernels.cpu.linear`)."""
         check_weight(weight, bias, mode)
+        if mode == "w8a8" and not self.int8_is_exact:
+            raise ValueError(f"mode 'w8a8': integer products of {self.team.kernels} are wrong here; use 'w8a16'")
         return linear.pack(weight, bias, mode, self.weight_dtype, self.team.group_of)
+
+    @cached_property
+    def int8_is_exact(self) -> bool:
+        """Whether integer products are what they should be, looked at once: at the largest values, which are the first
+        to overflow, and over more rows and features than one tile has."""
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randint(-127, 128, (40, 515), generator=generator, dtype=torch.int8)
+        values[:16] = values[16:32].sign() * 127
+        values[16] = 127
+        weight = linear.pack(QuantizedWeight(values, torch.ones(40)), None, "w8a8", None, self.team.group_of)
+        product = self.linear(QuantizedActivations(values[:19], torch.ones(19)), weight)
+        return torch.equal(product.double(), values[:19].double() @ values.double().T)
 
     def allocate_kv_cache(self, spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
         """Zeroed. Raises ValueError for block sizes that are no multiple of 16."""

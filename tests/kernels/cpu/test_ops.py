@@ -89,6 +89,17 @@ def test_int8_products_are_exact() -> None:
     assert torch.equal(result, torch.full((2, 16), 128.0 * 127 * 64))
 
 
+def test_inexact_integer_products_are_noticed_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor, or an emulator, whose sums saturate at 16 bits as AVX2's own product of bytes does."""
+    assert all(ops.int8_is_exact for ops in EVERY_OPS)
+    ops = CpuOps(1)
+    exact = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, weight: exact(x, weight).clamp(max=2.0**22))
+    with pytest.raises(ValueError, match="use 'w8a16'"):
+        ops.prepare_linear(torch.randn(3, 4), None, "w8a8")
+    ops.prepare_linear(torch.randn(3, 4), None, "w8a16")
+
+
 def test_a_weight_that_is_quantized_already_is_taken_as_it_is() -> None:
     weight, x = torch.randn(33, 40), torch.randn(3, 40)
     quantized = QuantizedWeight(*quantize_rows(weight))
