@@ -189,4 +189,4 @@ def _refusal(error: PlanError) -> HttpError:
     text = "".join(character if character.isprintable() and character not in "<>&" else "?" for character in text)
     if len(text) > _MAX_MESSAGE_CHARS:
         text = text[:_MAX_MESSAGE_CHARS] + "…"
-    return HttpError("invalid_request", [Problem(error.param, f"{text[:1].upper()}{text[1:]}.")])
+    return HttpError("invalid_request", [Problem(error.param, f"{text}.")])

@@ -20,6 +20,7 @@ from server.http.openai.schemas import (
     ChatBody,
     CompletionBody,
 )
+from server.http.plan import PlanBody
 from server.http.schemas import GenerateBody
 from server.http.tokens import DetokenizeBody, TokenizeBody
 from tests.conformance.conftest import CONTEXT
@@ -177,6 +178,7 @@ def section(title: str) -> str:
         ("`POST /v1/completions`", CompletionBody, COMPLETION_UNSUPPORTED),
         ("`POST /tokenize`", TokenizeBody, {}),
         ("`POST /detokenize`", DetokenizeBody, {}),
+        ("`POST /plan`", PlanBody, {}),
     ],
 )
 def test_the_page_says_what_the_code_does(title: str, body: type[BaseModel], unsupported: dict[str, Any]) -> None:
