@@ -15,7 +15,9 @@ import torch
 from paged_greedy import greedy
 from torch import Tensor
 
+from kernels.cpu.ops import CpuOps
 from kernels.ops import Ops
+from kernels.portable import PortableOps
 from kernels.reference import ReferenceOps
 from models.config import ModelConfig
 from models.layers import DecoderModel
@@ -95,12 +97,15 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
 
 @functools.cache
 def cpu_ops() -> Ops:
-    from kernels.portable.ops import PortableOps
+    return CpuOps(1)
 
+
+@functools.cache
+def portable_ops() -> Ops:
     return PortableOps(dtype=torch.float32)
 
 
-BACKENDS: dict[str, Callable[[], Ops]] = {"reference": ReferenceOps, "cpu": cpu_ops}
+BACKENDS: dict[str, Callable[[], Ops]] = {"reference": ReferenceOps, "cpu": cpu_ops, "portable": portable_ops}
 
 
 @pytest.fixture(scope="module", autouse=True)
