@@ -19,6 +19,8 @@ from models.errors import ModelError
 
 # The floating-point formats of safetensors that are read, and the names that config.json has for them.
 STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+# Bytes of one element, of the formats that weights and what belongs to them come in.
+ELEMENT_BYTES = {"I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I8": 1}
 
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 _MAX_HEADER_BYTES = 100_000_000  # the limit that the format itself sets
@@ -29,12 +31,13 @@ _HASH_REGIONS = 256
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor as a header describes it."""
+    """One tensor as a header describes it. offset: of its first byte in the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     num_bytes: int
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +149,14 @@ def _read_json(file: Path, if_missing: str) -> dict[str, Any]:
 
 def _stored_dtype(path: Path) -> dict[str, str]:
     try:
-        first = next(iter(open_checkpoint(path).tensors.values()), None)
+        tensors = open_checkpoint(path).tensors
     except ModelError:  # a configuration may be read before its weights are there; loading them will say so
         return {}
-    return {"dtype": STORED_DTYPES[first.dtype]} if first is not None and first.dtype in STORED_DTYPES else {}
+    # Of an int8 checkpoint the dtype of what is not int8; scales may be in a wider one.
+    for name, tensor in tensors.items():
+        if tensor.dtype in STORED_DTYPES and not name.endswith("_scale"):
+            return {"dtype": STORED_DTYPES[tensor.dtype]}
+    return {}
 
 
 def _weight_files(path: Path) -> tuple[Path, ...]:
@@ -203,10 +210,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
         header = json.loads(text)
         header.pop("__metadata__", None)
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        tensors = {
-            name: StoredTensor(file, str(entry["dtype"]), tuple(map(int, entry["shape"])), _span(entry["data_offsets"]))
-            for name, entry in entries
-        }
+        tensors = {name: _stored_tensor(file, 8 + length, entry) for name, entry in entries}
         data_bytes = max((int(entry["data_offsets"][1]) for _, entry in entries), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{file} is not a safetensors file: its header is damaged; download it again") from None
@@ -219,6 +223,8 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _span(offsets: list[int]) -> int:
-    begin, end = offsets
-    return int(end) - int(begin)
+def _stored_tensor(file: Path, data_start: int, entry: Mapping[str, Any]) -> StoredTensor:
+    begin, end = map(int, entry["data_offsets"])
+    if not 0 <= begin <= end:
+        raise ValueError("offsets run backwards")
+    return StoredTensor(file, str(entry["dtype"]), tuple(map(int, entry["shape"])), end - begin, data_start + begin)

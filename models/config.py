@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from models.compressed_tensors import StoredQuantization, read_quantization
 from models.errors import ModelError
 from models.registry import check_architecture
 
@@ -56,6 +57,7 @@ class ModelConfig:
     qk_norm          an RMSNorm over each head of q and k before the rotation (Qwen3)
     dtype            of the stored weights, and the one to compute in unless told otherwise
     eos_token_ids    tokens that end a generation, in the order found, without repetition
+    quantization     which stored weights are int8; None: none is
     """
 
     architecture: str
@@ -81,6 +83,7 @@ class ModelConfig:
     dtype: DtypeName
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    quantization: StoredQuantization | None = None
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
@@ -131,6 +134,7 @@ class ModelConfig:
             dtype=_dtype(config),
             bos_token_id=next(iter(token_ids(config, "bos_token_id", vocab_size)), None),
             eos_token_ids=token_ids(config, "eos_token_id", vocab_size),
+            quantization=_quantization(config),
         )
 
     def layer_window(self, layer: int) -> int | None:
@@ -183,8 +187,6 @@ _MODEL_TYPES = {
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (None, 1, 1.0),
-    "quantization_config": (None,),
-    "compression_config": (None,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "attention_sinks": (None, False, 0),
@@ -412,6 +414,14 @@ def _rotary_layers(fields: _Fields, architecture: str, num_layers: int) -> tuple
     if not isinstance(flags, list) or len(flags) < num_layers or any(flag not in (0, 1) for flag in flags):
         raise ModelError(f"no_rope_layers must hold {num_layers} entries, each 0 or 1")
     return tuple(bool(flag) for flag in flags[:num_layers])
+
+
+def _quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
+    """Of the field and of its older name."""
+    for name in ("quantization_config", "compression_config"):
+        if config.get(name) is not None:
+            return read_quantization(config[name])
+    return None
 
 
 def _dtype(config: Mapping[str, Any]) -> DtypeName:

@@ -6,14 +6,14 @@ without rotation; SmolLM and SmolLM2 are plain Llama. All of these are read from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from kernels.ops import AttentionPlan, KVCache, KVCacheSpec, Ops, QuantizationMode, RotaryTable
 from models.config import ModelConfig
-from models.layers import MLP, Attention, Linear, Norm, Slot
+from models.layers import MLP, Attention, Linear, Norm, Precision, Slot
 from models.rotary import identity_table, rotary_table
 
 
@@ -21,19 +21,29 @@ class Llama:
     """A stack of pre-norm decoder layers. Implements models.layers.DecoderModel.
 
     Every Linear is prepared in the quantization mode given, the table of token vectors and the language-model head
-    included (in a small model the head is most of the bytes that a decode step reads); norms keep `ops.dtype`. With
-    tied embeddings the head is the table.
+    included (in a small model the head is most of the bytes that a decode step reads), but for those that `keep` names;
+    norms keep `ops.dtype`. With tied embeddings the head is the table, model.embed_tokens.
     """
 
-    def __init__(self, config: ModelConfig, ops: Ops, quantization: QuantizationMode = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        quantization: QuantizationMode = "none",
+        keep: Callable[[str], bool] | None = None,
+    ) -> None:
+        """keep: which modules stay unquantized (`models.layers.Precision`). Raises ModelError if it tears apart modules
+        that are computed as one weight: q, k and v of a layer, or gate and up."""
         self.config = config
         self.ops = ops
         vocab, hidden = config.vocab_size, config.hidden_size
-        self.table = Linear(ops, hidden, {"model.embed_tokens": vocab}, False, quantization, embedding=True)
-        self.layers = [_Layer(config, ops, layer, quantization) for layer in range(config.num_layers)]
+        precision = Precision(quantization, keep)
+        table, head = {"model.embed_tokens": vocab}, {"lm_head": vocab}
+        self.table = Linear(ops, hidden, table, False, precision.of("", table), embedding=True)
+        self.layers = [_Layer(config, ops, layer, precision) for layer in range(config.num_layers)]
         self.norm = Norm(ops, config.hidden_size)
         tied = config.tie_word_embeddings
-        self.head = self.table if tied else Linear(ops, hidden, {"lm_head": vocab}, False, quantization)
+        self.head = self.table if tied else Linear(ops, hidden, head, False, precision.of("", head))
         self.num_tokens = config.vocab_size
         rotary = rotary_table(config, ops.device)
         self.rotary_tables = [rotary] * config.num_layers
@@ -56,9 +66,9 @@ class Llama:
         for index, layer in enumerate(self.layers):
             prefix = f"model.layers.{index}."
             slots |= layer.attention_norm.slots(f"{prefix}input_layernorm")
-            slots |= layer.attention.slots(f"{prefix}self_attn.")
+            slots |= layer.attention.slots()
             slots |= layer.mlp_norm.slots(f"{prefix}post_attention_layernorm")
-            slots |= layer.mlp.slots(f"{prefix}mlp.")
+            slots |= layer.mlp.slots()
         slots |= self.norm.slots("model.norm")
         return slots if self.head is self.table else slots | self.head.slots("")
 
@@ -115,11 +125,11 @@ class Llama:
 class _Layer:
     """One decoder layer's parts: attention and MLP, each after a norm and added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, quantization: QuantizationMode) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, layer: int, precision: Precision) -> None:
         self.attention_norm = Norm(ops, config.hidden_size)
-        self.attention = Attention(config, ops, layer, quantization)
+        self.attention = Attention(config, ops, layer, precision, f"model.layers.{layer}.self_attn.")
         self.mlp_norm = Norm(ops, config.hidden_size)
-        self.mlp = MLP(config, ops, quantization)
+        self.mlp = MLP(config, ops, precision, f"model.layers.{layer}.mlp.")
 
     @property
     def nbytes(self) -> int:

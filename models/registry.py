@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
     from models.layers import DecoderModel
 
+    ModelClass = Callable[[ModelConfig, Ops, QuantizationMode, Callable[[str], bool] | None], DecoderModel]
+
 # Architecture name in config.json -> "module:class". One class may serve several names: these five differ only in
 # what models.config reads from their configuration (biases, QK norm, sliding windows, layers without rotation).
 ARCHITECTURES: dict[str, str] = {
@@ -37,9 +39,9 @@ def check_architecture(architecture: str) -> None:
         raise ModelError(f"architecture {architecture!r} is not supported; choose a model with one of: {known}")
 
 
-def model_class(architecture: str) -> Callable[[ModelConfig, Ops, QuantizationMode], DecoderModel]:
-    """The class of `architecture`, called as `cls(config, ops, quantization)`. Raises ModelError if unknown."""
+def model_class(architecture: str) -> ModelClass:
+    """The class of `architecture`, called as `cls(config, ops, quantization, keep)`. Raises ModelError if unknown."""
     check_architecture(architecture)
     module, _, name = ARCHITECTURES[architecture].partition(":")
-    make: Callable[[ModelConfig, Ops, QuantizationMode], DecoderModel] = getattr(importlib.import_module(module), name)
+    make: ModelClass = getattr(importlib.import_module(module), name)
     return make
