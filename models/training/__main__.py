@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from models.training import data, export, qat, tokenizer
-from models.training.compare import MODES, Comparison, HeldOut, compare, measure, section
+from models.training.compare import MODES, Comparison, HeldOut, clipping, compare, measure, section
 from models.training.decoder import Decoder, Shape
 from models.training.evaluate import Numbers, evaluate
 from models.training.train import Recipe, load_weights, pick_device, save_checkpoint, train
 
 STAGES = ("tokenizer", "corpus", "pretrain", "tune", "qat", "compare", "evaluate", "export")
+SPLITS = ("train", "tune")
 SHARES = {"pretrain": 0.6, "tune": 0.2, "qat": 0.2}  # of the minutes or tokens
 PRETRAIN = Recipe(peak_lr=3e-3, minutes=1)
 TUNE = Recipe(peak_lr=1e-3, minutes=1, lengths=((1.0, 1024),), decay_from=0.1)
@@ -115,6 +116,9 @@ def run_comparison(args: argparse.Namespace) -> None:
     for mode in MODES:
         if (path := qat.checkpoint(args.scratch, mode)).exists():
             models[path.stem] = load_weights(path, shape(args))
+    matrices = [weight for weight in models["start"].parameters() if weight.dim() == 2]
+    for clip in clipping(matrices):
+        say(f"compare: scale at {clip.share:.2f} of the maximum: error {clip.error:.2e}, best for {clip.best:,} rows")
     tokens = tokenizer.load(args.scratch)
     held_out = HeldOut.make(tokens, args.seed, 4 * args.tasks, args.tasks)
     measured = {}
@@ -136,9 +140,12 @@ def last_weights(args: argparse.Namespace) -> Decoder:
 
 def run_evaluation(args: argparse.Namespace) -> None:
     model = export.rounded(last_weights(args)).to(pick_device())
-    hashes = [args.scratch / part / f"{split}.hashes.npy" for part in (".", "qat") for split in ("train", "tune")]
-    hashes = [path for path in hashes if path.exists() or path.parent == args.scratch]
-    numbers = evaluate(model, tokenizer.load(args.scratch), args.seed, hashes, args.tasks, say)
+    hashes = [folder / f"{split}.hashes.npy" for folder in (args.scratch, args.scratch / "qat") for split in SPLITS]
+    for path in hashes:
+        if not path.exists():
+            say(f"evaluate: {path} is missing, so held-out documents are not compared with that part of the corpus")
+    there = [path for path in hashes if path.exists()]
+    numbers = evaluate(model, tokenizer.load(args.scratch), args.seed, there, args.tasks, say)
     numbers.save(args.scratch / "evaluation.json")
 
 

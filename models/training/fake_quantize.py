@@ -3,8 +3,8 @@
 The rule is the server's own (`kernels.int8`), for weights by output channel and for activations by token, so the
 forward pass has the integers that will be served. No scale is learned: each is tracked, that is, computed anew from the
 largest magnitude that its row has in this step, just as the server does when it loads a weight or sees a token. (A
-learned step, as in LSQ, arXiv:1902.08153, pays where clipping does. With 8 bits it does not; the model card says what
-was measured.)
+learned step, as in LSQ, arXiv:1902.08153, pays where clipping does. With 8 bits it does not: `compare` measures it,
+and the model card has the numbers.)
 
 Backward, rounding counts as the identity (the straight-through estimator: Bengio et al. 2013, arXiv:1308.3432; for
 integer inference Jacob et al. 2018, arXiv:1712.05877), and the scale as a constant. A gradient would be zero where a

@@ -23,7 +23,7 @@ from models.llama import Llama
 from models.loader import load_model
 from models.training import __main__ as stages
 from models.training import export, qat, tokenizer
-from models.training.compare import MODES, Comparison, HeldOut, compare, measure, section
+from models.training.compare import MODES, Comparison, HeldOut, clipping, compare, measure, section
 from models.training.corpus import documents
 from models.training.data import encode, texts
 from models.training.decoder import Decoder, Projection, Shape
@@ -242,6 +242,19 @@ def test_the_comparison_pairs_every_row_with_the_first(
     assert len(table) == 2 + len(found.rows)
     assert {line.count("|") for line in table} == {9}
     assert table[2].startswith("| before | bf16 |")
+
+
+def test_clipping_pays_where_one_value_is_far_from_the_rest() -> None:
+    rows = torch.rand(6, 64, generator=torch.Generator().manual_seed(6)) - 0.5
+    (whole, cut) = clipping([rows, torch.zeros(1, 64)], (1.0, 0.9))
+    assert (whole.best, cut.best) == (7, 0)
+    kept = dequantize_rows(*quantize_rows(rows))
+    assert whole.error == pytest.approx(float((kept - rows).square().sum() / rows.square().sum()), rel=1e-5)
+    assert cut.error > whole.error
+    # With few values to clip and many to round, the steps of the many decide.
+    rows = torch.cat([torch.rand(1, 100_000, generator=torch.Generator().manual_seed(7)), torch.full((1, 1), 1.1)], 1)
+    (_, cut) = clipping([rows], (1.0, 0.95))
+    assert cut.best == 1
 
 
 def test_the_stage_begins_with_the_weights_there_are(small_tokenizer: Tokenizer, tmp_path: Path) -> None:
