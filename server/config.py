@@ -76,6 +76,7 @@ def _fraction(text: str) -> float:
 
 def choice(*names: str) -> Callable[[str], str]:
     """A parser of one of these names."""
+
     def parse(text: str) -> str:
         if text not in names:
             raise ValueError(f"one of {', '.join(names)}")
@@ -121,11 +122,12 @@ class Settings:
         "type of weights and activations: auto, bfloat16, float16 or float32",
         "DTYPE",
     )
-    quantization: str = _setting(
-        "none",
-        choice("none", "w8a16", "w8a8"),
-        "how weights are stored and multiplied: none, w8a16 or w8a8 (int8, on CUDA)",
+    quantization: str | None = _setting(
+        None,
+        choice("none", "w8a16", "w8a8", "auto"),
+        "how weights are stored and multiplied: none, w8a16, w8a8 or auto (the fastest int8 mode of the device)",
         "MODE",
+        "as the checkpoint is",
     )
     no_deterministic: bool = _setting(
         False, _switch, "let cuBLAS compute unquantized layers: on CUDA, tokens may then depend on the batch"
@@ -137,7 +139,7 @@ class Settings:
         None, parse_bytes, "memory of the KV cache, such as 2GiB", "SIZE", "a share of what is free"
     )
     kv_cache_dtype: str = _setting(
-        "auto", choice("auto", "bf16", "int8"), "what the KV cache holds: auto, bf16 or int8 (on CUDA)", "DTYPE"
+        "auto", choice("auto", "bf16", "int8"), "what the KV cache holds: auto, bf16 or int8", "DTYPE"
     )
     gpu_memory_fraction: float = _setting(
         0.9, _fraction, "how much of the GPU's memory the engine may take", "FRACTION"

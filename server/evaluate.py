@@ -93,7 +93,6 @@ def evaluate(settings: Settings, measurement: Measurement, say: Say) -> tuple[Re
 
     say(what is being done, share done or None). Raises ModelError, StartupError or ValueError, one line for a person.
     """
-    mode = quantization_mode(settings.quantization)
     path = _resolve(settings, settings.model, say)
     base_path = path if measurement.against is None else _resolve(settings, measurement.against, say)
     embedded = base_path == BUILT_IN_MODELS[_EMBEDDED]
@@ -103,6 +102,7 @@ def evaluate(settings: Settings, measurement: Measurement, say: Say) -> tuple[Re
     text = _text(measurement, base_path, config)
 
     device = make_device(settings.engine_config())
+    mode = quantization_mode(settings.quantization, load_config(path), device)
     # One object for both models, so that they can share parts.
     ops = ObservedOps(device.ops)
 

@@ -15,10 +15,11 @@ from typing import cast, get_args
 
 import torch
 
-from kernels.ops import QuantizationMode
+from kernels.ops import QuantizationMode, QuantizedWeight
+from models.config import ModelConfig
 from models.errors import ModelError
 from models.layers import DecoderModel
-from models.loader import LoadProgress, load_config, load_model, resolve_model, weights_hash
+from models.loader import LoadProgress, load_config, load_model, resolve_mode, resolve_model, weights_hash
 from server.engine.config import EngineConfig, SchedulerConfig, StartupError
 from server.engine.core import EngineCore
 from server.engine.device import Device, make_device
@@ -94,9 +95,11 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
         report("load", f"loading {config.model}", progress.loaded_bytes / max(progress.total_bytes, 1))
 
     model_config = load_config(path)
+    mode = quantization_mode(config.quantization, model_config, device)
+    config = replace(config, quantization=mode)
     kv_dtype = device.kv_cache_dtype(config.kv_cache_dtype, model_config)  # before minutes of loading
     device.check_weights(model_config, config)
-    model = load_model(path, ops, quantization=quantization_mode(config.quantization), progress=loaded)
+    model = load_model(path, ops, quantization=mode, progress=loaded)
     seconds = {"load": time.perf_counter() - started}
 
     warmup_started = time.perf_counter()
@@ -105,7 +108,7 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
 
     return Engine(
         core=core,
-        identity=_identity(config, device, model, path, kv_dtype),
+        identity=_identity(config, mode, device, model, path, kv_dtype),
         scheduler_config=core.scheduler.config,
         vocab_size=model.config.vocab_size,
         model_path=path,
@@ -153,12 +156,28 @@ def start_core(
     return core, kv_plan
 
 
-def quantization_mode(name: str) -> QuantizationMode:
-    """The setting as a mode of the ops. Raises StartupError."""
-    for mode in get_args(QuantizationMode):
-        if mode == name:
-            return cast(QuantizationMode, mode)
-    raise StartupError(f"--quantization {name} is not supported: choose one of {', '.join(get_args(QuantizationMode))}")
+def quantization_mode(asked: str | None, model: ModelConfig, device: Device) -> QuantizationMode:
+    """The setting as a mode of the ops. None: as the checkpoint is; "auto": its own mode if it is int8, else what is
+    fastest on the device. Raises StartupError for another word, ModelError for what the checkpoint cannot be."""
+    modes = get_args(QuantizationMode)
+    if asked not in (None, "auto", *modes):
+        raise StartupError(f"--quantization {asked} is not supported: choose one of {', '.join(modes)}, auto")
+    if asked == "auto":
+        return _best_mode(device) if model.quantization is None else model.quantization.mode
+    return resolve_mode(model, cast(QuantizationMode | None, asked))
+
+
+def _best_mode(device: Device) -> QuantizationMode:
+    """w8a16 on a GPU, where decoding waits for the weights' bytes; w8a8 on a CPU, where integer products are the faster
+    ones at every batch size, unless they are not exact there."""
+    if device.describe()["backend"] == "cuda":
+        return "w8a16"
+    smallest = QuantizedWeight(torch.ones((1, 1), dtype=torch.int8), torch.ones(1))
+    try:
+        device.ops.prepare_linear(smallest, None, "w8a8")
+    except ValueError:
+        return "w8a16"
+    return "w8a8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +217,9 @@ def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int) ->
     return WarmUp(decode, prefill, prompt_len)
 
 
-def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: Path, kv_dtype: torch.dtype) -> Identity:
+def _identity(
+    config: EngineConfig, mode: QuantizationMode, device: Device, model: DecoderModel, path: Path, kv_dtype: torch.dtype
+) -> Identity:
     versions = {"stet": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     return Identity(
         model=config.model,
@@ -206,7 +227,7 @@ def _identity(config: EngineConfig, device: Device, model: DecoderModel, path: P
         weights_hash=weights_hash(path),
         num_parameters=model.config.num_parameters,
         kv_cache_dtype=dtype_name(kv_dtype),
-        quantization=config.quantization,
+        quantization=mode,
         versions=versions | dict(device.versions()),
         **device.describe(),
     )

@@ -174,7 +174,7 @@ def _ways_out(config: EngineConfig, specs: Sequence[BlockSpec], use: GpuUse, mis
     fitting = max(use.kv_budget(config.gpu_memory_fraction), 0) // block_bytes * specs[0].block_size
     if config.max_model_len is not None and fitting:
         ways.append((True, f"--max-model-len {fitting}"))
-    if config.quantization == "none":
+    if config.quantization in (None, "none"):
         ways.append((use.weights * 0.45 >= missing, "--quantization w8a16"))
     if config.kv_cache_dtype != "int8":
         ways.append((False, "--kv-cache-dtype int8"))
@@ -191,14 +191,14 @@ def check_weights(num_parameters: int, itemsize: int, config: EngineConfig, free
     itemsize: bytes of an unquantized parameter. Quantized ones are counted as one byte; what stays unquantized (the
     embedding table) makes the true size larger, so a model that passes may still run out of memory.
     """
-    needed = num_parameters * (itemsize if config.quantization == "none" else 1)
+    needed = num_parameters * (itemsize if config.quantization in (None, "none") else 1)
     if needed <= free_bytes:
         return
     message = (
         f"the weights of {config.model} take at least {_mib(needed)}, but {_mib(free_bytes)} are free on the GPU: "
         f"{_mib(needed - free_bytes)} are missing"
     )
-    if config.quantization == "none" and num_parameters <= free_bytes:
+    if config.quantization in (None, "none") and num_parameters <= free_bytes:
         message += f"; --quantization w8a16 would take about {_mib(num_parameters)}"
     raise MemorySettingError(message)
 

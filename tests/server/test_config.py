@@ -93,7 +93,7 @@ def test_a_flag_wins_over_a_variable() -> None:
         ("--port ٣", "--port: '٣' is not an integer"),
         ("--port 8000.0", "is not an integer"),
         ("--max-running 0", "is not an integer from 1"),
-        ("--quantization int4", "--quantization: 'int4' is not one of none, w8a16, w8a8"),
+        ("--quantization int4", "--quantization: 'int4' is not one of none, w8a16, w8a8, auto"),
         ("--kv-cache-dtype fp8", "is not one of auto, bf16, int8"),
         ("--gpu-memory-fraction 1.5", "--gpu-memory-fraction: '1.5' is not a fraction from 0.01 to 1"),
         ("--gpu-memory-fraction nan", "is not a fraction"),
