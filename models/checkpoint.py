@@ -58,7 +58,7 @@ def load_config(path: Path) -> ModelConfig:
 
     Where config.json names no dtype it is that of the stored weights. Raises ModelError.
     """
-    config = _read_json(path / "config.json", f"{path} has no config.json; give a folder in the Hugging Face layout")
+    config = read_config(path)
     if not config.get("dtype") and not config.get("torch_dtype"):
         config = config | _stored_dtype(path)
     generation_file = path / "generation_config.json"
@@ -72,6 +72,16 @@ def load_config(path: Path) -> ModelConfig:
     except ModelError as error:
         raise ModelError(f"{path / 'config.json'}: {error}") from None
     return model_config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of config.json in the folder `path`. Raises ModelError if it is not there or no JSON object."""
+    return _read_json(path / "config.json", f"{path} has no config.json; give a folder in the Hugging Face layout")
+
+
+def is_weights(file: Path) -> bool:
+    """Whether a file holds weights, by its name, in any format that models come in."""
+    return file.suffix == ".safetensors" or file.suffix in _OTHER_WEIGHTS
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

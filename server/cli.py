@@ -1,4 +1,4 @@
-"""The command line: `stet serve [MODEL]`, `stet evaluate [MODEL]` and `stet version`.
+"""The command line: `stet serve [MODEL]`, `stet quantize MODEL OUT`, `stet evaluate [MODEL]` and `stet version`.
 
 The order of a start is what makes it short: read the flags, take the port, start the engine process, and only then
 import the web stack, while the engine imports torch.
@@ -48,6 +48,11 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
             return _plan(flags)
         if flags.command == "evaluate":
             return _evaluate(flags)
+        if flags.command == "quantize":
+            # Here, because it imports torch.
+            from server.quantize import run
+
+            return run(flags)
         return _serve(flags, engine_command, began)
     finally:
         for number, handler in before.items():
@@ -82,6 +87,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     _add_evaluate_flags(evaluate)
+    quantize = commands.add_parser(
+        "quantize",
+        help="write an int8 checkpoint",
+        description="Write a model's weights as int8 into a new folder, half as large and the same model as when it is "
+        "quantized while it loads; tokenizer and all else that belongs to it are copied. The format is that of "
+        "compressed-tensors. It is served by the folder's path alone.",
+        allow_abbrev=False,
+    )
+    _add_quantize_flags(quantize)
     plan = commands.add_parser(
         "plan",
         help="say whether a model fits and how fast it will be",
@@ -132,6 +146,37 @@ def _add_evaluate_flags(parser: argparse.ArgumentParser) -> None:
         help="leave the token table, the head or both unquantized, to see what theirs costs; writes no receipt",
     )
     parser.add_argument("--json", action="store_true", help="print the receipt instead of a table")
+
+
+def _add_quantize_flags(parser: argparse.ArgumentParser) -> None:
+    from pathlib import Path
+
+    parser.add_argument("model", metavar="MODEL", help="a folder, a Hub name, or the embedded model")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, which must be new or empty")
+    parser.add_argument(
+        "--mode",
+        choices=("w8a8", "w8a16"),
+        default="w8a8",
+        help="what the checkpoint is for, unless stet serve is told otherwise; the weights are the same "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=("table", "head", "both"),
+        help="leave the token table, the head or both unquantized; other servers take few checkpoints without it "
+        "(default: neither)",
+    )
+    parser.add_argument(
+        "--smooth",
+        type=Path,
+        metavar="FILE",
+        help="a text like those that will be served: move outliers of its activations into the weights first "
+        "(SmoothQuant), which can help w8a8",
+    )
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit of a Hub model (default: the main one)"
+    )
+    parser.add_argument("--offline", action="store_true", help="use only what is on this machine; download nothing")
 
 
 def _count_of(text: str) -> int:

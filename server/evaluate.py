@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +40,7 @@ from server.engine.build import quantization_mode
 from server.engine.config import StartupError
 from server.engine.device import Device, make_device
 from server.engine.dtypes import dtype_name
+from server.progress import ProgressLine
 from server.version import VERSION
 
 __all__ = ["Measurement", "evaluate", "run"]
@@ -67,7 +67,7 @@ class Measurement:
 
 def run(settings: Settings, measurement: Measurement, as_json: bool) -> int:
     """The command: progress on standard error, table or JSON on standard output. Returns the exit code."""
-    progress = _Progress()
+    progress = ProgressLine()
     try:
         receipt, folder = evaluate(settings, measurement, progress.say)
     except (ModelError, StartupError, ValueError) as error:
@@ -185,30 +185,6 @@ def _versions(device: Device) -> dict[str, str]:
 def _name(model: str) -> str:
     """What was asked for, without the path where it was a folder: receipts are shown to clients."""
     return Path(model).name if Path(model).expanduser().is_dir() else model
-
-
-class _Progress:
-    """On a terminal one line that is rewritten; elsewhere a line whenever something else begins."""
-
-    def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._what = ""
-        self._shown = 0.0
-
-    def say(self, what: str, share: float | None) -> None:
-        if self._terminal:
-            now = time.monotonic()
-            if what != self._what or now - self._shown > 0.1:
-                self._shown = now
-                done = "" if share is None else f" {share:4.0%}"
-                print(f"\r\x1b[K{what}{done}", end="", file=sys.stderr, flush=True)
-        elif what != self._what:
-            print(what, file=sys.stderr, flush=True)
-        self._what = what
-
-    def clear(self) -> None:
-        if self._terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _all_tasks(matches: list[ReceiptMatch]) -> ReceiptMatch:

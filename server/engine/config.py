@@ -43,8 +43,8 @@ class EngineConfig:
     model             a folder, a Hub id, or the name of the embedded model
     device            "auto" (cuda if there is a GPU that it runs on), "cpu" or "cuda"
     dtype             "auto" (the device's own), "bfloat16", "float16" or "float32"
-    quantization      "none", "w8a16", "w8a8" or "auto" (the checkpoint's own mode if it is int8, else the device's best);
-                      None: as the checkpoint is
+    quantization      "none", "w8a16", "w8a8" or "auto" (the checkpoint's own mode if it is int8, else the best
+                      one of the device); None: as the checkpoint is
     max_model_len     None: what the model was made for, as far as the memory carries one such sequence
     block_size        None: 16 on the CPU, 64 on CUDA
     kv_cache_bytes    None: a share of the memory that is free once the weights are loaded
