@@ -96,9 +96,14 @@ def evaluate(settings: Settings, measurement: Measurement, say: Say) -> tuple[Re
     path = _resolve(settings, settings.model, say)
     base_path = path if measurement.against is None else _resolve(settings, measurement.against, say)
     embedded = base_path == BUILT_IN_MODELS[_EMBEDDED]
+    config = load_config(base_path)
+    if config.quantization is not None:
+        raise ModelError(
+            f"{measurement.against or settings.model} is int8 already; say --against MODEL with the unquantized model "
+            "that it was made from"
+        )
     if measurement.text is None and not embedded:
         raise ModelError(f"--text FILE is needed: only {_EMBEDDED} comes with a text that it was not trained on")
-    config = load_config(base_path)
     text = _text(measurement, base_path, config)
 
     device = make_device(settings.engine_config())
@@ -209,7 +214,8 @@ def table(receipt: Receipt) -> str:
     rows.append(("weights", f"{full / 2**20:.1f} MiB", f"{size / 2**20:.1f} MiB", f"{size / full - 1:+.0%}"))
     errors = " ".join(f"{error:.2%}" for error in receipt.layer_errors)
     text = receipt.text
-    lines = [f"{receipt.model}, {mode} ({receipt.backend}, {receipt.instruction_set}), against itself unquantized", ""]
+    other = "itself" if receipt.weights_hash == receipt.unquantized_weights_hash else "the model it was made from,"
+    lines = [f"{receipt.model}, {mode} ({receipt.backend}, {receipt.instruction_set}), against {other} unquantized", ""]
     lines += [f"  {a:<22}{b:>14}{c:>14}{d:>16}".rstrip() for a, b, c, d in rows]
     lines += [
         "",

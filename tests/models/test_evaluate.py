@@ -241,14 +241,23 @@ def copy_of_tales(folder: Path) -> Path:
     return Path(shutil.copytree(tales(), folder / "my-tales", ignore=shutil.ignore_patterns("receipt*")))
 
 
-def test_from_the_command_to_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The embedded model in w8a8 on the backend that serves it: measured, shown, and as good as we say."""
-    folder = copy_of_tales(tmp_path)
-    flags = ["--device", "cpu", "--quantization", "w8a8"]
+def test_from_the_commands_to_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded model smoothed, written as int8, measured on the backend that serves it, served and shown."""
+    folder, calibration = tmp_path / "my-tales", tmp_path / "calibration.txt"
+    calibration.write_text("Once upon a time there was a little fox named Pip who lost her kite in the garden. " * 20)
     threads = torch.get_num_threads()
-    code = main(
-        ["evaluate", str(folder), *flags, "--against", "stet-tales", "--max-tokens", "1500", "--tasks", "1", "--json"]
-    )
+    assert main(["quantize", "stet-tales", str(folder), "--smooth", str(calibration)]) == 0
+    before, after = (load_file(path / "model.safetensors") for path in (tales(), folder))
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    mantissas = torch.frexp(before[norm].float() / after[norm].float()).mantissa
+    assert torch.equal(mantissas, torch.full_like(mantissas, 0.5))
+    assert not torch.equal(before[norm], after[norm])
+
+    capsys.readouterr()
+    command = ["evaluate", str(folder), "--device", "cpu"]
+    assert main(command) == 2
+    assert "my-tales is int8 already; say --against MODEL" in capsys.readouterr().err
+    code = main([*command, "--against", "stet-tales", "--max-tokens", "1500", "--tasks", "1", "--json"])
     torch.set_num_threads(threads)
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -257,7 +266,7 @@ def test_from_the_command_to_info(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "reading the text" in err
     assert str(tmp_path) not in out
     assert (receipt["model"], receipt["text"]["source"]) == ("my-tales", "held-out documents of stet-tales")
-    assert receipt["weights_hash"] == receipt["unquantized_weights_hash"]
+    assert receipt["weights_hash"] != receipt["unquantized_weights_hash"]
     assert 1000 < receipt["text"]["tokens"] < 1500
     assert receipt["perplexity"] < 1.01 * receipt["perplexity_unquantized"] < 3
     assert receipt["top1_agreement"] > 0.97
@@ -267,7 +276,7 @@ def test_from_the_command_to_info(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("summary", "question", "mood", "translate", "sum"), 3
     )
 
-    with running_server(["--port", "0", *flags, str(folder)], log=tmp_path / "log") as server:
+    with running_server(["--device", "cpu", str(folder)], log=tmp_path / "log") as server:
         server.wait_ready(60)
         info = json.loads(server.get("/info")[1])
     assert info["identity"]["quantization"] == "w8a8"
