@@ -26,7 +26,7 @@ from server.planner.subject import PlanError
 from server.version import VERSION
 
 _ROOT = Path(__file__).resolve().parents[2]
-_FORMAT = 1  # of the cached file, and of what the probe measures
+_FORMAT = 2  # of the cached file, and of what the probe measures
 _PROBE_SECONDS = 300
 _CUDA_KV = {asked: dict.fromkeys(("float32", "bfloat16", "float16"), "bfloat16") for asked in ("auto", "bf16")}
 

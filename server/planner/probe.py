@@ -40,14 +40,17 @@ from server.engine.memory import MemorySettingError
 from server.engine.request import Request, SamplingParams
 from server.planner.rates import LinearCurve, MeasuredRates
 from server.planner.sizes import Backend
+from server.planner.speed import SpeedModel
 
-# Square weights: their side, how many, and the rows that they are multiplied with. 2 million weights fit the caches of
-# most processors, 100 million none; the last points of the first set are a prompt's products.
-_SETS = (
-    (512, 8, (1, 2, 4, 8, 16, 32, 64, 128, 256)),
-    (1024, 12, (1, 4, 16, 64)),
-    (2048, 24, (1, 4, 16, 64)),
-)
+# Square weights: their side, and how many. 2 million weights fit the caches of most processors, 8 million those of
+# many, the others none. The sides are those of models with so many weights: out of memory, many small ones are read
+# more slowly than a few large ones (pages, prefetching).
+_SETS = ((512, 8), (512, 32), (1024, 32), (2048, 24))
+# Rows that they are multiplied with. From _COMPUTE_ROWS on it is the arithmetic that takes the time, wherever the
+# weights lie: that is measured on the first set alone.
+_ALL_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_FEW_ROWS = (1, 4, 16)
+_COMPUTE_ROWS = _FEW_ROWS[-1]
 _BANDWIDTH_BYTES = 1 << 28
 _LAYERS = (2, 10)
 _SEQUENCES = (1, 16)
@@ -136,9 +139,12 @@ def _modes(ops: Ops) -> list[QuantizationMode]:
 
 
 @torch.inference_mode()
-def measure(device: Device, config: EngineConfig) -> MeasuredRates:
-    """Time the parts of a step. Takes some seconds, and up to 400 MB."""
-    clock = _Clock(device.ops)
+def measure(device: Device, config: EngineConfig, now: Callable[[], float] = time.perf_counter) -> MeasuredRates:
+    """Time the parts of a step. Takes some seconds, and up to 400 MB.
+
+    now: the clock, in seconds. On a machine that others use too, time.process_time disturbs one thread less.
+    """
+    clock = _Clock(device.ops, now)
     linears: dict[str, tuple[LinearCurve, ...]] = {
         mode: _linears(device.ops, mode, clock) for mode in _modes(device.ops)
     }
@@ -153,17 +159,19 @@ def measure(device: Device, config: EngineConfig) -> MeasuredRates:
         row_seconds=0.0,
         row_layer_seconds=0.0,
     )
-    step, layer, row, row_layer = _overheads(device, config, found)
-    return dataclasses.replace(
+    step, layer, row, row_layer = _overheads(device, config, found, now)
+    found = dataclasses.replace(
         found, step_seconds=step, layer_seconds=layer, row_seconds=row, row_layer_seconds=row_layer
     )
+    return dataclasses.replace(found, whole_step_factor=_whole_step_factor(device, config, found, now))
 
 
 class _Clock:
     """Times calls on a device that may compute beside the host."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Ops, now: Callable[[], float]) -> None:
         self._on_gpu = ops.device.type == "cuda" and torch.cuda.is_available()
+        self._now = now
 
     def best(self, function: Callable[[], object], rounds: int = 5, at_least: float = 0.004) -> float:
         """Seconds of one call, of the quickest of `rounds` rounds of at least so many seconds each."""
@@ -174,12 +182,12 @@ class _Clock:
     def _timed(self, function: Callable[[], object], calls: int) -> float:
         if self._on_gpu:
             torch.cuda.synchronize()
-        began = time.perf_counter()
+        began = self._now()
         for _ in range(calls):
             function()
         if self._on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return self._now() - began
 
 
 def _bandwidth(device: Device, clock: _Clock) -> float:
@@ -201,21 +209,25 @@ def _linears(ops: Ops, mode: QuantizationMode, clock: _Clock) -> tuple[LinearCur
         return clock.best(lambda: ops.linear(x, weight))
 
     curves: list[LinearCurve] = []
-    for side, count, all_rows in _SETS:
+    for side, count in _SETS:
         weight = _weight(side, mode)
         prepared = [ops.prepare_linear(weight, None, mode) for _ in range(count)]
         del weight
-        seconds: list[float] = []
-        for rows in all_rows:
+        seconds: dict[int, float] = {}
+        for rows in _FEW_ROWS if curves else _ALL_ROWS:
             x = _activations(ops, rows, side, mode)
 
             def sweep(x: Activations = x, prepared: list[Any] = prepared) -> None:
                 for each in prepared:
                     ops.linear(x, each)
 
-            total = clock.best(sweep, rounds=5 if side * count < 1 << 14 else 3)
-            seconds.append(max(total - count * idle(rows), total / 10) / (count * side * side))
-        curves.append(LinearCurve(sum(each.nbytes for each in prepared), all_rows, tuple(seconds)))
+            total = clock.best(sweep, rounds=5 if count * side**2 < 1 << 25 else 3)
+            seconds[rows] = max(total - count * idle(rows), total / 10) / (count * side * side)
+        if curves:
+            scale = seconds[_COMPUTE_ROWS] / curves[0].at(_COMPUTE_ROWS)
+            seconds |= {rows: scale * curves[0].at(rows) for rows in _ALL_ROWS if rows > _COMPUTE_ROWS}
+        num_bytes = sum(each.nbytes for each in prepared)
+        curves.append(LinearCurve(num_bytes, tuple(seconds), tuple(seconds.values())))
     return tuple(curves)
 
 
@@ -300,35 +312,65 @@ def _sampling(ops: Ops, clock: _Clock) -> float:
 
 def _small_config(layers: int, dtype: str = "bfloat16") -> ModelConfig:
     """A model whose steps are all overhead."""
+    return _config(layers, hidden=64, heads=1, inner=128, vocabulary=256, dtype=dtype)
+
+
+def _config(layers: int, hidden: int, heads: int, inner: int, vocabulary: int, dtype: str = "bfloat16") -> ModelConfig:
     return ModelConfig.from_hf(
         {
             "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 256,
-            "hidden_size": 64,
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
             "num_hidden_layers": layers,
-            "num_attention_heads": 1,
-            "intermediate_size": 128,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(heads // 2, 1),
+            "intermediate_size": inner,
             "max_position_embeddings": 128,
             "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
             "torch_dtype": dtype,
         }
     )
 
 
-def _overheads(device: Device, config: EngineConfig, found: MeasuredRates) -> tuple[float, float, float, float]:
+def _core(device: Device, config: EngineConfig, model_config: ModelConfig) -> EngineCore:
+    """An engine with random weights."""
+    settings = dataclasses.replace(config, max_running=_SEQUENCES[-1], max_tokens_per_step=256)
+    with torch.inference_mode(False):  # as the engine loads it
+        model = random_model(model_config, device.ops, seed=0)
+        core, _ = start_core(device, model, settings, device.kv_cache_dtype("auto", model_config))
+    return core
+
+
+def _whole_step_factor(device: Device, config: EngineConfig, found: MeasuredRates, now: Callable[[], float]) -> float:
+    """How much longer the parts take in the steps of a model of 22 million parameters than they did by themselves:
+    there each finds the caches full of the others' data."""
+    model_config = _config(6, hidden=512, heads=8, inner=1408, vocabulary=8192)
+    core = _core(device, config, model_config)
+    backend = describe(device)
+    speed = SpeedModel(model_config, backend, found, "none", backend.kv_dtypes["auto"][model_config.dtype])
+    factors: list[float] = []
+    for rows in _SEQUENCES:
+        predicted = speed.decode(rows, _PROMPT_TOKENS + _NEW_TOKENS // 2)
+        parts = predicted.seconds - predicted.overhead
+        measured = decode_step(core, rows, _PROMPT_TOKENS, _NEW_TOKENS, now)
+        factors.append((measured - predicted.overhead) / parts)
+    return max(sum(factors) / len(factors), 0.5)
+
+
+def _overheads(
+    device: Device, config: EngineConfig, found: MeasuredRates, now: Callable[[], float]
+) -> tuple[float, float, float, float]:
     """What steps of small models take beside their arithmetic: of a step, for each layer, each sequence, each pair."""
     seconds: dict[tuple[int, int], float] = {}
-    settings = dataclasses.replace(config, max_running=_SEQUENCES[-1], max_tokens_per_step=256)
     for layers in _LAYERS:
         model_config = _small_config(layers)
-        with torch.inference_mode(False):  # as the engine loads it
-            model = random_model(model_config, device.ops, seed=0)
-            kv_dtype = device.kv_cache_dtype("auto", model_config)
-            core, _ = start_core(device, model, settings, kv_dtype)
+        core = _core(device, config, model_config)
         num_weights = model_config.num_parameters
         for rows in _SEQUENCES:
-            arithmetic = found.linear("none", num_weights, 0, model.weight_bytes, rows) + found.sampling(rows * 256)
-            seconds[layers, rows] = max(_decode_step(core, rows) - arithmetic, 0.0)
+            arithmetic = found.linear("none", num_weights, 0, 2 * num_weights, rows) + found.sampling(rows * 256)
+            measured = decode_step(core, rows, _PROMPT_TOKENS, _NEW_TOKENS, now)
+            seconds[layers, rows] = max(measured - arithmetic, 0.0)
     (few, many), (one, all_) = _LAYERS, _SEQUENCES
     row_layer = (seconds[many, all_] - seconds[many, one] - seconds[few, all_] + seconds[few, one]) / (
         (many - few) * (all_ - one)
@@ -340,14 +382,20 @@ def _overheads(device: Device, config: EngineConfig, found: MeasuredRates) -> tu
     return step, layer, row, row_layer
 
 
-def _decode_step(core: EngineCore, rows: int) -> float:
-    """Seconds of a step in which `rows` sequences decode: the median over the steps of the quickest of three runs."""
-    medians: list[float] = []
-    for attempt in range(3):
-        params = SamplingParams(max_new_tokens=_NEW_TOKENS, temperature=0.0, ignore_eos=True)
-        # Prompts that differ in their first token, so that none is found in the prefix cache.
+def decode_step(
+    core: EngineCore, rows: int, prompt_tokens: int, new_tokens: int, now: Callable[[], float] = time.perf_counter
+) -> float:
+    """Seconds of a step in which `rows` sequences decode: the lower quartile of the quickest of three runs.
+
+    core: an idle engine. The sequences are greedy, grow from `prompt_tokens` by `new_tokens`, and share no prefix with
+    those of other runs.
+    """
+    quartiles: list[float] = []
+    for _ in range(3):
+        params = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        first = time.monotonic_ns()  # ids that no other run has, and salts, so that no prefix is found in the cache
         requests = [
-            Request(attempt * 100 + i, [3 + attempt * rows + i] * _PROMPT_TOKENS, params, arrival=i)
+            Request(first + i, [3 + i] * prompt_tokens, params, arrival=i, cache_salt=str(first + i))
             for i in range(rows)
         ]
         for request in requests:
@@ -355,12 +403,12 @@ def _decode_step(core: EngineCore, rows: int) -> float:
         steps: list[float] = []
         while core.has_work:
             decoding = all(request.output_token_ids for request in requests)
-            began = time.perf_counter()
+            began = now()
             core.step()
             if decoding:
-                steps.append(time.perf_counter() - began)
-        medians.append(sorted(steps)[len(steps) // 2])
-    return min(medians)
+                steps.append(now() - began)
+        quartiles.append(sorted(steps)[len(steps) // 4])
+    return min(quartiles)
 
 
 if __name__ == "__main__":

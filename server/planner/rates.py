@@ -87,6 +87,8 @@ class MeasuredRates:
     sampling_seconds          for each logit
     step_seconds              of a step alone; layer_seconds: for each layer; row_seconds: for each sequence;
     row_layer_seconds         for each sequence and layer
+    whole_step_factor         how much longer the parts before `step_seconds` take within a step of the engine than by
+                              themselves, over and over again
     """
 
     bandwidth: float
@@ -98,6 +100,7 @@ class MeasuredRates:
     layer_seconds: float
     row_seconds: float
     row_layer_seconds: float
+    whole_step_factor: float = 1.0
 
     @property
     def measured(self) -> bool:
@@ -116,20 +119,20 @@ class MeasuredRates:
         curves = self.linears[mode]
         above = bisect_right([curve.num_bytes for curve in curves], model_bytes)
         if above in (0, len(curves)):
-            return num_weights * curves[max(above - 1, 0)].at(rows)
+            return num_weights * curves[max(above - 1, 0)].at(rows) * self.whole_step_factor
         low, high = curves[above - 1], curves[above]
         share = math.log(model_bytes / low.num_bytes) / math.log(high.num_bytes / low.num_bytes)
-        return num_weights * (low.at(rows) * (1 - share) + high.at(rows) * share)
+        return num_weights * (low.at(rows) * (1 - share) + high.at(rows) * share) * self.whole_step_factor
 
     def attention(self, kv_dtype: str, operations: float, kv_bytes: float, decode: bool) -> float:
         rate = self.attention_rates[kv_dtype][0 if decode else 1]
-        return max(operations / rate, kv_bytes / self.bandwidth)
+        return max(operations / rate, kv_bytes / self.bandwidth) * self.whole_step_factor
 
     def elementwise(self, values: float) -> float:
-        return values * self.elementwise_seconds
+        return values * self.elementwise_seconds * self.whole_step_factor
 
     def sampling(self, logits: float) -> float:
-        return logits * self.sampling_seconds
+        return logits * self.sampling_seconds * self.whole_step_factor
 
     def overhead(self, layers: int, rows: int) -> float:
         alone = self.step_seconds + layers * self.layer_seconds

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -26,11 +25,10 @@ from models.config import ModelConfig
 from models.hub import BUILT_IN_MODELS
 from models.loader import fill, new_model, random_tensors, save_random_checkpoint
 from server.cli import main
-from server.engine.build import Engine, build_engine
+from server.engine.build import build_engine
 from server.engine.config import EngineConfig
 from server.engine.device import make_device
 from server.engine.memory import available_memory_bytes
-from server.engine.request import Request, SamplingParams
 from server.planner import device as planned_device
 from server.planner.device import LocalDevice, PlannedDevice, card
 from server.planner.plan import PlanRequest, make_plan
@@ -41,6 +39,7 @@ from server.planner.sizes import MODES, Backend, weight_bytes
 from server.planner.speed import SpeedModel
 from server.planner.subject import PlanError, Subject, config_of_count, find_subject, of_config, parse_count
 from server.planner.training import BFLOAT16, FLOAT32, activation_bytes, training_memory
+from tests.server.planned_speed import LLAMA, Row, compare, engines_of, measured_device
 
 GIB = 2**30
 # Sizes that no layout divides evenly.
@@ -59,24 +58,6 @@ ODD = {
     "tie_word_embeddings": False,
     "attention_bias": True,
     "mlp_bias": True,
-}
-# Of 38 million parameters.
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 16_000,
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "intermediate_size": 1408,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 
@@ -263,51 +244,26 @@ def test_prefill_counts_every_pair_that_attention_sees(prompt: int, chunk: int, 
     )
 
 
-def decode_speed(engine: Engine, sequences: int, prompt: int, steps: int = 24) -> float:
-    """Tokens a second while all decode: the median step of the quickest of three runs."""
-    core, medians = engine.core, []
-    for _ in range(3):
-        params = SamplingParams(max_new_tokens=steps, temperature=0.0, ignore_eos=True)
-        salt = time.monotonic_ns()
-        requests = [Request(salt + i, [3 + (salt + i) % 3000] * prompt, params, arrival=i) for i in range(sequences)]
-        for request in requests:
-            core.add(request)
-        seconds = []
-        while core.has_work:
-            decoding = all(request.output_token_ids for request in requests)
-            began = time.perf_counter()
-            core.step()
-            if decoding:
-                seconds.append(time.perf_counter() - began)
-        medians.append(statistics.median(seconds))
-    return sequences / min(medians)
-
-
 def test_predicted_decode_speed_is_within_a_fifth_of_the_measured(llama: Path) -> None:
-    prompt, steps, attempts = 96, 24, 3
-    wrong: dict[tuple[str, str, int], str] = {}
-    for _ in range(attempts):  # a shared machine changes under both: then both are measured again
-        device = LocalDevice("cpu").load(measure=True, again=True)
-        wrong = {}
-        for model in ("stet-tales", str(llama)):
-            subject = find_subject(model)
-            for mode in device.backend.modes:
-                settings = EngineConfig(
-                    model=model, device="cpu", quantization=mode, max_running=8, max_tokens_per_step=1024
-                )
-                engine = build_engine(settings)
-                for sequences in (1, 8):
-                    request = PlanRequest(quantization=mode, context=prompt + steps // 2, concurrency=sequences)
-                    speed = make_plan(subject, device, request, available_memory_bytes()).modes[0].speed
-                    assert speed is not None
-                    predicted = speed.decode_many.tokens_per_second
-                    measured = decode_speed(engine, sequences, prompt, steps)
-                    if not 0.8 <= predicted / measured <= 1.2:
-                        said = f"{predicted:.0f} predicted, {measured:.0f} measured, {speed.decode_many}"
-                        wrong[Path(model).name, mode, sequences] = said
-        if not wrong:
+    # One thread by its own time, so that what else the machine does disturbs it least; what is left of that, and what
+    # a neighbour takes of the caches and of the memory, is met by trying again whatever was missed.
+    # `python -m tests.server.planned_speed` compares by the clock on the wall, with all threads.
+    models = {"stet-tales": "stet-tales", "llama": str(llama)}
+    missed = [(name, mode, sequences) for name in models for mode in ("none", "w8a8") for sequences in (1, 8)]
+    engines = engines_of(models, ("none", "w8a8"), threads=1)
+    rows: list[Row] = []
+    for _ in range(4):
+        device = measured_device(EngineConfig(device="cpu", threads=1), time.process_time)
+        rows = [
+            compare(models[name], name, mode, n, device, engines[name, mode], time.process_time)
+            for name, mode, n in missed
+        ]
+        missed = [
+            (row.model, row.mode, row.sequences) for row in rows if not 0.8 <= row.predicted / row.measured <= 1.2
+        ]
+        if not missed:
             return
-    pytest.fail(f"{attempts} times; at last {wrong}")
+    pytest.fail(f"four times; at last {rows}")
 
 
 # Training
