@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
-    """A server process and where it listens. started: time.perf_counter() just before it was spawned."""
+    """A server process and where it listens. started: time.perf_counter() just before it was spawned. ready_path: what
+    answers 200 once it is ready."""
 
     process: subprocess.Popen[bytes]
     host: str
     port: int
     started: float
+    ready_path: str = "/readyz"
 
     @property
     def url(self) -> str:
@@ -41,12 +43,12 @@ class RunningServer:
             connection.close()
 
     def wait_ready(self, timeout: float = 60.0) -> float:
-        """Seconds from the spawn until /readyz answers 200. Raises TimeoutError, or RuntimeError if it exits."""
+        """Seconds from the spawn until `ready_path` answers 200. Raises TimeoutError, or RuntimeError if it exits."""
         while time.perf_counter() - self.started < timeout:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server exited with {self.process.returncode} before it was ready")
             try:
-                status, _ = self.get("/readyz", timeout=1.0)
+                status, _ = self.get(self.ready_path, timeout=1.0)
             except OSError:
                 status = 0
             if status == 200:
@@ -71,14 +73,31 @@ def running_server(
     log: Path | None = None,
 ) -> Iterator[RunningServer]:
     """`stet serve ARGUMENTS` on a free port; ended by SIGTERM, by SIGKILL if that does not help."""
+    with spawned(lambda port: [*command, "serve", *arguments, "--port", str(port)], log=log) as server:
+        yield server
+
+
+@contextmanager
+def spawned(
+    command: Callable[[int], Sequence[str]],
+    *,
+    ready_path: str = "/readyz",
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Iterator[RunningServer]:
+    """Any server: `command` makes its command line for a free port, `environment` is added to this process's own."""
     port = free_port()
     with open(log or os.devnull, "wb") as output:
         started = time.perf_counter()
         process = subprocess.Popen(
-            [*command, "serve", *arguments, "--port", str(port)], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT
+            command(port),
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=None if environment is None else os.environ | dict(environment),
         )
         try:
-            yield RunningServer(process, "127.0.0.1", port, started)
+            yield RunningServer(process, "127.0.0.1", port, started, ready_path)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
