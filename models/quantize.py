@@ -175,10 +175,13 @@ class _Writer:
         shards: list[list[_Place]] = []
         size = 0
         for name, slot in self.slots.items():
-            if slot.mode == "none":
-                places = [_Place(name, self._kept_dtype(name), slot.shape)]
-            else:
-                places = [_Place(name, "I8", slot.shape), _Place(f"{name}_scale", "F32", (slot.shape[0], 1))]
+            places = [_Place(name, self._kept_dtype(name), slot.shape)]
+            if slot.mode != "none":
+                rows, columns = slot.shape
+                places = [_Place(name, "I8", slot.shape), _Place(f"{name}_scale", "F32", (rows, 1))]
+            if slot.mode == "w8a16":
+                places[0] = _Place(f"{name}_packed", "I32", (rows, -(-columns // 4)))
+                places.append(_Place(f"{name}_shape", "I64", (2,)))
             added = sum(place.num_bytes for place in places)
             if not shards or size + added > max_bytes:
                 shards.append([])
@@ -206,7 +209,9 @@ class _Writer:
                 self.written.append(file)
                 with file.open("wb") as stream:
                     start = _write_header(stream, shard)
-                    for name in filter(places.__contains__, self.slots):
+                    for name in self.slots:
+                        if name not in places and f"{name}_packed" not in places:
+                            continue
                         self._write_tensor(stream, start, name, places, reader)
                         done += self.sources[name].num_bytes
                         if self.progress is not None:
@@ -220,19 +225,32 @@ class _Writer:
         self, stream: BinaryIO, start: int, name: str, places: Mapping[str, _Place], reader: TensorReader
     ) -> None:
         slot = self.slots[name]
+        packed = f"{name}_packed" in places
+        target = places[f"{name}_packed" if packed else name]
         scales = torch.empty(slot.shape[0])
-        stream.seek(start + places[name].offset)
+        stream.seek(start + target.offset)
         for first, rows in reader.pieces(self.sources[name].values):
             if self.change is not None:
                 rows = self.change(name, rows, first)
-            if slot.mode == "none":
-                rows = rows.to(torch.float32) if places[name].dtype == "F32" else rows
-            else:
+            if slot.mode != "none":
                 rows, scales[first : first + rows.shape[0]] = quantize_rows(rows)
+                rows = pack_rows(rows) if packed else rows
+            elif target.dtype == "F32":
+                rows = rows.to(torch.float32)
             stream.write(_bytes(rows))
-        if slot.mode != "none":
-            stream.seek(start + places[f"{name}_scale"].offset)
-            stream.write(_bytes(scales))
+        beside = {f"{name}_scale": scales, f"{name}_shape": torch.tensor(slot.shape)}
+        for other, tensor in beside.items():
+            if other in places:
+                stream.seek(start + places[other].offset)
+                stream.write(_bytes(tensor))
+
+
+def pack_rows(values: Tensor) -> Tensor:
+    """int8 [n, K] -> int32 [n, K / 4], rounded up: each number four values + 128, the first in the lowest byte."""
+    count, columns = values.shape
+    padded = torch.zeros((count, -(-columns // 4) * 4), dtype=torch.uint8)
+    padded[:, :columns] = values.view(torch.uint8) ^ 128
+    return padded.view(torch.int32)
 
 
 def _write_header(stream: BinaryIO, places: Sequence[_Place]) -> int:

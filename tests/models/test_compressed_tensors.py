@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels.reference import ReferenceOps
+from models import reader
 from models.compressed_tensors import read_quantization
 from models.errors import ModelError
 from models.layers import DecoderModel
@@ -161,7 +162,8 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[str], bool], dict[str, Any]]] =
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_loads_as_what_it_stands_for(tmp_path: Path, case: str) -> None:
+def test_loads_as_what_it_stands_for(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "PIECE_BYTES", 500)  # so that these small tensors come in pieces too
     quantization, is_int8, more = CASES[case]
     folder = write_int8(tmp_path, quantization, is_int8, **more)
     model = load_model(folder, ReferenceOps(), quantization="w8a16")
