@@ -3,8 +3,8 @@
 Read: symmetric 8-bit integers with one scale an output feature ("channel"), as the formats `int-quantized` and
 `naive-quantized` (X.weight int8 [N, K]) and `pack-quantized` (X.weight_packed int32 [N, K / 4], each number four bytes,
 each byte a value + 128) store them, beside X.weight_scale [N, 1] or [N]. Activations as they are (w8a16), or int8 with
-one dynamic scale a token (w8a8). Written: w8a8 as `int-quantized`, w8a16 as `pack-quantized`, in which other readers expect
-it. Everything else is refused by name. No torch here.
+one dynamic scale a token (w8a8). Written: w8a8 as `int-quantized`, w8a16 as `pack-quantized`, since other readers take
+them in no other form. Everything else is refused by name. No torch here.
 
 Source: https://github.com/vllm-project/compressed-tensors (QuantizationConfig, QuantizationArgs, match_named_modules).
 """
