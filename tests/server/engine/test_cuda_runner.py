@@ -190,7 +190,8 @@ def test_a_row_draws_the_same_in_every_bucket_and_padding_touches_nothing() -> N
             mine.copy_(other)
         before = [mine.clone() for mine, _ in buffers]
     expected = plain.run(decode_plan(0, 33, lengths))
-    for count in range(1, 34):
+    # Every bucket with its fewest and most rows; up to 8, and so for four buckets, every number between.
+    for count in (*range(1, 10), 16, 17, 24, 25, 32, 33):
         assert runner.launch(decode_plan(0, count, lengths)).result().rows == expected.rows[:count]
         others = [*range(count, 40), *range(40 + count, 80)]
         for (mine, _), old in zip(buffers, before, strict=True):
@@ -203,16 +204,16 @@ def test_a_row_that_is_not_finite_ends_alone() -> None:
     model, _ = tiny()
     runner = make_runner()
     forward = model.forward
-    neighbours = [request for request in requests(3) if request.request_id != 1]
+    neighbours = [request for request in requests(3, new_tokens=4) if request.request_id != 1]
     expected = expected_tokens(neighbours)
-    used = {token for request in requests(3) for token in request.prompt_token_ids}.union(*expected)
+    used = {token for request in requests(3, new_tokens=4) for token in request.prompt_token_ids}.union(*expected)
     bad = next(token for token in range(3, VOCAB) if token not in used)
 
     def poisoned(token_ids: Tensor, kv_caches: Any, plan: Any) -> Tensor:
         hidden = forward(token_ids, kv_caches, plan)
         return hidden + torch.where(token_ids == bad, torch.nan, 0.0)[:, None]
 
-    batch = requests(3)
+    batch = requests(3, new_tokens=4)
     # It draws the bad token at once, and is poisoned by it while the next step is in flight.
     batch[1].params = SamplingParams(6, temperature=0.0, logit_bias=((bad, 1000.0),), ignore_eos=True)
     model.forward = poisoned  # type: ignore[method-assign]
@@ -226,7 +227,7 @@ def test_a_row_that_is_not_finite_ends_alone() -> None:
 
 
 def test_a_failed_launch_leaves_the_next_steps_sound() -> None:
-    expected = expected_tokens(requests(5))
+    expected = expected_tokens(requests(3, new_tokens=6))
     runner = make_runner()
     launch, ops, calls = runner._decode.stage, tiny()[1], [0]
 
@@ -237,7 +238,7 @@ def test_a_failed_launch_leaves_the_next_steps_sound() -> None:
             raise torch.OutOfMemoryError("planted")
 
     runner._decode.stage = failing  # type: ignore[method-assign]
-    assert tokens(make_core(runner, 2), requests(5)) == expected
+    assert tokens(make_core(runner, 2), requests(3, new_tokens=6)) == expected
     assert calls[0] > 3
     assert ops.upload._used == 0
 
