@@ -117,7 +117,7 @@ class Team {
 
     // Wait for the next program; false: there will be none.
     bool await(uint32_t seen) {
-        for (int i = 0; i < 4000; ++i) {
+        for (int i = 0; i < 2000; ++i) {
             if (program_number_.load(std::memory_order_acquire) != seen) return !stopping_;
             relax();
         }
@@ -155,7 +155,7 @@ class Team {
         }
         // The one waited for may need the very core that this thread spins on.
         for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-            if (spins < 5000) relax();
+            if (spins < 1500) relax();
             else sched_yield();
         }
     }
