@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: serve test check bench format clean
+.PHONY: serve test check bench bench-peers format clean
 
 # The CPU's kernels: compiled at installation, and again whenever their sources change. A missing compiler costs speed only.
 KERNELS := $(VENV)/.kernels
@@ -33,6 +33,10 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.bench $(KERNELS)
 	$(BIN)/python -m loadtests $(ARGS)
+
+# Beside other engines and servers, each in an environment of its own under build/peers: see loadtests/README.md.
+bench-peers: $(VENV)/.bench
+	$(BIN)/python -m loadtests.peers $(ARGS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

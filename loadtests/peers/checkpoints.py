@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def shapes() -> dict[str, dict[str, Any]]:
     return {"qwen3-473m": QWEN3_473M, "llama-176m": LLAMA_176M}
 
 
-def words(count: int, seed: int = SEED) -> list[str]:
+@cache
+def words(count: int, seed: int = SEED) -> tuple[str, ...]:
     """Different invented words of one to four syllables, the same for the same seed."""
     generator = random.Random(seed)
     onsets = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr pl sh sl st th tr".split()
@@ -60,7 +62,7 @@ def words(count: int, seed: int = SEED) -> list[str]:
     while len(found) < count:
         syllables = generator.choices((1, 2, 3, 4), (2, 5, 4, 2))[0]
         found["".join(generator.choice(p) for _ in range(syllables) for p in (onsets, vowels, codas))] = None
-    return list(found)
+    return tuple(found)
 
 
 def text(num_words: int, seed: int) -> str:

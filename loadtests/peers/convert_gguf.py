@@ -35,7 +35,7 @@ _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 
 
 def gguf_name(name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight. Raises ValueError for a tensor that it does not know."""
+    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight. Raises ValueError for a tensor of another kind."""
     stem, _, kind = name.rpartition(".")
     if stem in _TOP:
         return f"{_TOP[stem]}.{kind}"
@@ -53,8 +53,8 @@ def interleave_heads(weight: Any, num_heads: int) -> Any:
 
 
 def read_bfloat16(path: Path) -> Iterator[tuple[str, Any]]:
-    """Name and float32 array of each tensor of a safetensors file. NumPy has no bfloat16: its bits are the upper half of
-    a float32's. Raises ValueError for another type."""
+    """Name and float32 array of each tensor of a safetensors file. NumPy has no bfloat16: its bits are the upper half
+    of a float32's. Raises ValueError for another type."""
     numpy = importlib.import_module("numpy")
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")

@@ -3,9 +3,9 @@
     PYTHON -m loadtests.peers.worker CONTESTANT MODEL_FOLDER
 
 PYTHON is that of the contestant's own environment, so nothing here or in `contestants` may import a package of ours at
-the top. Requests and answers are JSON, one a line: {"op": "measure", "cells": [["decode", 4], …], "seed": 1} is answered
-with {"rates": […]}, {"op": "generate", "prompts": […], "new_tokens": 8} with {"tokens": […]}. An exception is answered
-with {"error": …} and ends the process. The contestant's own output goes to standard error.
+the top. Requests and answers are JSON, one a line: {"op": "measure", "cells": [["decode", 4], …], "seed": 1} is
+answered with {"rates": […]}, {"op": "generate", "prompts": […], "new_tokens": 8} with {"tokens": […]}. An exception is
+answered with {"error": …} and ends the process. The contestant's own output goes to standard error.
 """
 
 from __future__ import annotations
