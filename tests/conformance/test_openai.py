@@ -143,7 +143,7 @@ def test_tokenize_and_detokenize(server: Launched) -> None:
 
 
 def test_models_while_loading_and_after(tmp_path: Path) -> None:
-    with launched(tmp_path, load_seconds=0.7, ready=False) as server:
+    with launched(tmp_path, load_seconds=2.5, ready=False) as server:
         server.wait_for("/livez", 200)
         for path in ("/v1/models", "/v1/models/fake"):
             assert server.get(path).json()["error"]["code"] == "loading"
