@@ -35,7 +35,7 @@ bench: $(VENV)/.bench $(KERNELS)
 	$(BIN)/python -m loadtests $(ARGS)
 
 # Beside other engines and servers, each in an environment of its own under build/peers: see loadtests/README.md.
-bench-peers: $(VENV)/.bench
+bench-peers: $(VENV)/.bench $(KERNELS)
 	$(BIN)/python -m loadtests.peers $(ARGS)
 
 format: $(VENV)/.dev
