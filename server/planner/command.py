@@ -10,11 +10,11 @@ from collections.abc import Callable
 from server.config import choice, integer, parse_bytes
 from server.engine.memory import available_memory_bytes
 from server.planner import plan as planning
+from server.planner import words
 from server.planner.device import LocalDevice, PlannedDevice, card
-from server.planner.rates import CARDS
 from server.planner.report import as_dict, as_text
-from server.planner.sizes import MODES
-from server.planner.subject import PlanError, find_subject
+from server.planner.subject import find_subject
+from server.planner.words import CARD_NAMES, KV_DTYPES, MODES, PlanError
 
 _LOCAL = ("auto", "cpu", "cuda")
 
@@ -37,39 +37,39 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--offline", action="store_true", help="download nothing")
     flag(
         "--device",
-        choice(*_LOCAL, *CARDS),
+        choice(*_LOCAL, *CARD_NAMES),
         "DEVICE",
-        f"auto, cpu or cuda of this machine, or a card by its published figures: {', '.join(CARDS)} (default: auto)",
+        f"auto, cpu or cuda of this machine, or a card by published figures: {', '.join(CARD_NAMES)} (default: auto)",
         default="auto",
     )
     flag("--memory", parse_bytes, "SIZE", "memory to plan for, such as 24GiB (default: what the device has free)")
     flag("--quantization", choice(*MODES), "MODE", "one mode (default: all, side by side)")
-    flag("--kv-cache-dtype", choice("auto", "bf16", "int8"), "DTYPE", "what the KV cache holds", default="auto")
+    flag("--kv-cache-dtype", choice(*KV_DTYPES), "DTYPE", "what the KV cache holds", default="auto")
     flag("--dtype", choice("auto", "bfloat16", "float16", "float32"), "DTYPE", "as stet serve takes it", default="auto")
     flag("--threads", integer(1, 1024), "COUNT", "CPU threads (default: the physical cores)")
     flag(
         "--context",
-        integer(1, planning.MAX_CONTEXT),
+        integer(1, words.MAX_CONTEXT),
         "TOKENS",
-        f"of one sequence (default: all that the model was made for; speeds at {planning.DEFAULT_CONTEXT})",
+        f"of one sequence (default: all that the model was made for; speeds at {words.DEFAULT_CONTEXT})",
     )
     flag(
         "--concurrency",
-        integer(1, planning.MAX_CONCURRENCY),
+        integer(1, words.MAX_CONCURRENCY),
         "COUNT",
         f"sequences at once (default: {planning.ENGINE.max_running}, as stet serve; speeds of "
-        f"{planning.DEFAULT_CONCURRENCY})",
+        f"{words.DEFAULT_CONCURRENCY})",
     )
     flag(
         "--max-tokens-per-step",
-        integer(1, 1_000_000),
+        integer(1, words.MAX_TOKENS_PER_STEP),
         "TOKENS",
         "as stet serve takes it",
         default=planning.ENGINE.max_tokens_per_step,
     )
-    flag("--train-devices", integer(1, planning.MAX_DEVICES), "COUNT", "devices to train on (default: 1)", default=1)
-    flag("--train-batch", integer(1, 1_000_000), "COUNT", "sequences on each of them (default: 1)", default=1)
-    flag("--train-context", integer(1, planning.MAX_CONTEXT), "TOKENS", "tokens of each (default: the context)")
+    flag("--train-devices", integer(1, words.MAX_DEVICES), "COUNT", "devices to train on (default: 1)", default=1)
+    flag("--train-batch", integer(1, words.MAX_BATCH), "COUNT", "sequences on each of them (default: 1)", default=1)
+    flag("--train-context", integer(1, words.MAX_CONTEXT), "TOKENS", "tokens of each (default: the context)")
     parser.add_argument("--measure", action="store_true", help="measure this machine even if it was measured before")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from server.planner.rates import CARDS, MeasuredRates, Rates
-from server.planner.sizes import MODES, Backend
-from server.planner.subject import PlanError
+from server.planner.sizes import Backend
+from server.planner.words import MODES, PlanError
 from server.version import VERSION
 
 _ROOT = Path(__file__).resolve().parents[2]
-_FORMAT = 2  # of the cached file, and of what the probe measures
+_FORMAT = 3  # of the cached file, and of what the probe measures
 _PROBE_SECONDS = 300
 _CUDA_KV = {asked: dict.fromkeys(("float32", "bfloat16", "float16"), "bfloat16") for asked in ("auto", "bf16")}
 

@@ -17,18 +17,14 @@ from server.engine.memory import (
     plan_kv_cache,
 )
 from server.planner.device import PlannedDevice
-from server.planner.sizes import MODES, BlockBytes, WeightBytes, kv_block, weight_bytes, workspace_bytes
+from server.planner.sizes import BlockBytes, WeightBytes, kv_block, weight_bytes, workspace_bytes
 from server.planner.speed import SpeedModel, StepTime
-from server.planner.subject import PlanError, Subject
+from server.planner.subject import Subject
 from server.planner.training import TrainingMemory, training_memory
+from server.planner.words import DEFAULT_CONCURRENCY, DEFAULT_CONTEXT, MODES, PlanError
 
 ENGINE = EngineConfig()
 """What `stet serve` does unasked."""
-DEFAULT_CONCURRENCY = 8
-DEFAULT_CONTEXT = 1024
-MAX_CONTEXT = 2**31 - 1
-MAX_CONCURRENCY = 4096
-MAX_DEVICES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +89,7 @@ class ModePlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All of it. `unavailable`: modes that the device does not have."""
+    """All of it. `unavailable`: modes that the device does not have, or that the checkpoint cannot be."""
 
     subject: Subject
     device: PlannedDevice
@@ -123,10 +119,12 @@ def make_plan(subject: Subject, device: PlannedDevice, request: PlanRequest, ava
             "context",
         )
     wanted = (request.quantization,) if request.quantization else MODES
-    if request.quantization and request.quantization not in backend.modes:
+    # The weights of an int8 checkpoint do for both int8 modes, and cannot be had unquantized.
+    there = [mode for mode in backend.modes if mode != "none" or config.quantization is None]
+    if request.quantization and request.quantization not in there:
+        where = device.title if request.quantization not in backend.modes else "an int8 checkpoint"
         raise PlanError(
-            f"quantization {request.quantization} is not to be had on {device.title}: choose one of "
-            f"{', '.join(backend.modes)}",
+            f"quantization {request.quantization} is not to be had on {where}: choose one of {', '.join(there)}",
             "quantization",
         )
     context = request.context or min(positions, DEFAULT_CONTEXT)
@@ -134,7 +132,7 @@ def make_plan(subject: Subject, device: PlannedDevice, request: PlanRequest, ava
     modes = tuple(
         _plan_mode(mode, subject, device, request, memory, kv_dtype, block, context, concurrency)
         for mode in wanted
-        if mode in backend.modes
+        if mode in there
     )
     if all(mode.missing for mode in modes):
         raise PlanError(_does_not_fit(subject, device, request, memory, modes, kv_dtype, block), "memory")
@@ -147,7 +145,7 @@ def make_plan(subject: Subject, device: PlannedDevice, request: PlanRequest, ava
         context=context,
         concurrency=concurrency,
         modes=modes,
-        unavailable=tuple(mode for mode in wanted if mode not in backend.modes),
+        unavailable=tuple(mode for mode in wanted if mode not in there),
         training=tuple(
             training_memory(config, request.train_devices, request.train_batch, request.train_context or context)
         ),

@@ -89,6 +89,7 @@ def describe(device: Device) -> Backend:
         modes=tuple(_modes(ops)),
         block_size=device.block_size,
         dot_group=4 if team is None else team.group_of,
+        keeps_table=_keeps_table(ops),
     )
 
 
@@ -125,6 +126,11 @@ def _kv_dtypes(device: Device) -> dict[str, dict[str, str]]:
                 continue  # this device does not have it, which is what was asked
             found.setdefault(asked, {})[stored] = dtype_name(dtype)
     return found
+
+
+def _keeps_table(ops: Ops) -> bool:
+    weight = torch.zeros(16, 64, dtype=torch.bfloat16)
+    return ops.prepare_linear(weight, None, "none", True).nbytes > ops.prepare_linear(weight, None, "none").nbytes
 
 
 def _modes(ops: Ops) -> list[QuantizationMode]:

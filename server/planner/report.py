@@ -7,8 +7,8 @@ from typing import Any
 
 from server.planner.plan import ModePlan, Plan, Speed
 from server.planner.speed import StepTime
-from server.planner.subject import PlanError
 from server.planner.training import TEXTBOOK_ACTIVATION_BYTES, TrainingMemory
+from server.planner.words import PlanError
 
 _LARGEST = 2**63 - 1
 
@@ -139,7 +139,7 @@ def as_text(plan: Plan) -> str:
         lines.append("  (the shape is assumed: that of published models with so many parameters)")
     lines.append(f"on {plan.device.title} with {size(plan.memory)}; KV cache {plan.kv_dtype}")
     lines += ["", *_table(_mode_rows(plan))]
-    lines += [f"{mode} is not to be had on this device" for mode in plan.unavailable]
+    lines += [f"{mode} is not to be had" for mode in plan.unavailable]
     lines += ["", _source(plan)]
     if rates is not None:
         rate = ", ".join(f"{mode} {value / 1e9:,.0f}" for mode, value in rates.matrix_rates.items())

@@ -7,14 +7,13 @@ sums to what the backends say of models that they have loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from kernels.sizes import SCALE_BYTES, kv_bytes_per_block
 from models.config import ModelConfig
 
 ITEMSIZE: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
-MODES = ("none", "w8a16", "w8a8")
 _LANES = 16  # output features of a panel in the compiled CPU kernels
 
 
@@ -30,6 +29,7 @@ class Backend:
     modes             the quantization modes that there are
     block_size        tokens of a KV block
     dot_group         cpu: how many input features of a w8a8 weight lie side by side
+    keeps_table       whether an unquantized table of token vectors is kept twice: packed, and by rows to be looked up
     """
 
     name: Literal["cpu", "portable", "cuda"]
@@ -39,13 +39,15 @@ class Backend:
     modes: tuple[str, ...]
     block_size: int
     dot_group: int = 4
+    keeps_table: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LinearShape:
     """`count` weights [n, k] of a model. `role`: "layer" (read in every step, once a layer), "head" or "table".
 
-    A tied head and table are one weight of the role "head" that is an `embedding` as well.
+    A tied head and table are one weight of the role "head" that is an `embedding` as well. `kept`: unquantized in every
+    mode, because an int8 checkpoint has it so.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LinearShape:
     count: int
     role: Literal["layer", "head", "table"]
     embedding: bool = False
+    kept: bool = False
 
     @property
     def num_weights(self) -> int:
@@ -66,16 +69,30 @@ def linear_shapes(config: ModelConfig) -> list[LinearShape]:
     """Every weight of a Llama that is multiplied or looked up, stacked as models/layers.py stacks them."""
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_layers
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes = [
-        LinearShape("qkv", q + 2 * kv, hidden, config.attention_bias, layers, "layer"),
-        LinearShape("output", hidden, q, config.attention_output_bias, layers, "layer"),
-        LinearShape("gate_up", 2 * inner, hidden, config.mlp_bias, layers, "layer"),
-        LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
-    ]
-    if config.tie_word_embeddings:
-        return [*shapes, LinearShape("head", config.vocab_size, hidden, False, 1, "head", embedding=True)]
+    shapes = {
+        "self_attn.q_proj": LinearShape("qkv", q + 2 * kv, hidden, config.attention_bias, layers, "layer"),
+        "self_attn.o_proj": LinearShape("output", hidden, q, config.attention_output_bias, layers, "layer"),
+        "mlp.gate_proj": LinearShape("gate_up", 2 * inner, hidden, config.mlp_bias, layers, "layer"),
+        "mlp.down_proj": LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
+    }
     table = LinearShape("table", config.vocab_size, hidden, False, 1, "table", embedding=True)
-    return [*shapes, table, LinearShape("head", config.vocab_size, hidden, False, 1, "head")]
+    if config.tie_word_embeddings:
+        shapes["model.embed_tokens"] = replace(table, name="head", role="head")
+    else:
+        shapes["model.embed_tokens"] = table
+        shapes["lm_head"] = LinearShape("head", config.vocab_size, hidden, False, 1, "head")
+    return [part for module, shape in shapes.items() for part in _split_kept(config, module, shape)]
+
+
+def _split_kept(config: ModelConfig, module: str, shape: LinearShape) -> list[LinearShape]:
+    """The shape, or what of it is int8 in the checkpoint and what is not."""
+    stored = config.quantization
+    if stored is None:
+        return [shape]
+    names = [f"model.layers.{layer}.{module}" for layer in range(shape.count)] if shape.role == "layer" else [module]
+    kept = sum(not stored.covers(name) for name in names)
+    parts = [replace(shape, count=shape.count - kept), replace(shape, count=kept, kept=True)]
+    return [part for part in parts if part.count]
 
 
 def linear_bytes(shape: LinearShape, mode: str, backend: Backend, stored_dtype: str) -> int:
@@ -85,10 +102,10 @@ def linear_bytes(shape: LinearShape, mode: str, backend: Backend, stored_dtype: 
     # The compiled kernels add biases to their float32 sums; the others keep them in the type that they compute in.
     bias = n * ITEMSIZE[backend.activation_dtype] if shape.bias else 0
     rows = -(-n // _LANES) * _LANES if backend.name == "cpu" else n
-    if mode == "none":
+    if mode == "none" or shape.kept:
         weight = rows * k * itemsize
-        if backend.name == "portable" and shape.embedding:
-            weight *= 2  # a packed weight cannot be read by rows: the table is kept beside it
+        if backend.keeps_table and shape.embedding:
+            weight *= 2
     else:
         columns = k
         if backend.name == "cpu" and mode == "w8a8":

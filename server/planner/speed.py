@@ -84,7 +84,8 @@ class SpeedModel:
         seconds = 0.0
         for shape, num_bytes in zip(shapes, sizes, strict=True):
             if rows := draws if shape.role == "head" else tokens:
-                seconds += self.rates.linear(self.mode, shape.num_weights, num_bytes, sum(sizes), rows)
+                mode = "none" if shape.kept else self.mode
+                seconds += self.rates.linear(mode, shape.num_weights, num_bytes, sum(sizes), rows)
         return seconds
 
     def _step(
@@ -108,4 +109,5 @@ class SpeedModel:
     def _read_bytes(self, shape: LinearShape) -> int:
         """What a step reads of a weight. The rows that are kept beside a packed table are not read."""
         size = linear_bytes(shape, self.mode, self.backend, self.config.dtype)
-        return size // 2 if self.backend.name == "portable" and shape.embedding else size
+        doubled = self.backend.keeps_table and shape.embedding and (self.mode == "none" or shape.kept)
+        return size // 2 if doubled else size

@@ -13,25 +13,14 @@ from models.checkpoint import load_config
 from models.config import ModelConfig
 from models.errors import ModelError
 from models.hub import resolve_config
+from server.planner.words import COUNT_WORDS, PlanError
 
 _COUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)([kmbt])", re.ASCII | re.IGNORECASE)
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 MIN_COUNT, MAX_COUNT = 10**6, 10**13
-COUNT_WORDS = "a number of parameters from 1M to 10T, such as 70b or 600M"
 
 # Far beyond any model, and small enough that no byte count leaves 64 bits.
 MAX_PARAMETERS = 10**15
-
-
-class PlanError(Exception):
-    """Why there is no plan. One line for a person: what was wrong, what is allowed, what to do.
-
-    param: which parameter of the request it is about, where that is known.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +75,13 @@ def of_folder(name: str, folder: Path) -> Subject:
 
 
 def of_config(config: Mapping[str, Any]) -> Subject:
-    """The model that the content of a config.json describes. Raises PlanError."""
+    """The model that the content of a config.json describes. Raises PlanError.
+
+    That of an int8 checkpoint is refused: it may hold regular expressions, and one can be made to run for ever.
+    """
+    for name in ("quantization_config", "compression_config"):
+        if config.get(name) is not None:
+            raise PlanError(f"{name} is not read here: leave it out, and choose a quantization instead", "config")
     try:
         return Subject("config", _bounded(ModelConfig.from_hf(config), "config"))
     except ModelError as error:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.cpu.native import LibraryMissing
 from kernels.cpu.ops import CpuOps
 from kernels.cuda.ops import CudaOps
 from kernels.ops import Ops
 from kernels.portable import PortableOps
+from models.compressed_tensors import write_quantization
 from models.config import ModelConfig
 from models.hub import BUILT_IN_MODELS
 from models.loader import fill, new_model, random_tensors, save_random_checkpoint
@@ -35,10 +38,11 @@ from server.planner.plan import PlanRequest, make_plan
 from server.planner.probe import describe
 from server.planner.rates import CARDS, LinearCurve
 from server.planner.report import as_dict
-from server.planner.sizes import MODES, Backend, weight_bytes
+from server.planner.sizes import Backend, weight_bytes
 from server.planner.speed import SpeedModel
-from server.planner.subject import PlanError, Subject, config_of_count, find_subject, of_config, parse_count
+from server.planner.subject import Subject, config_of_count, find_subject, of_config, parse_count
 from server.planner.training import BFLOAT16, FLOAT32, activation_bytes, training_memory
+from server.planner.words import CARD_NAMES, MODES, PlanError
 from tests.server.planned_speed import LLAMA, Row, compare, engines_of, measured_device
 
 GIB = 2**30
@@ -78,31 +82,46 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Memory
 
 
-def backend_of(ops: Ops, name: Any, modes: tuple[str, ...], dot_group: int = 4) -> Backend:
+def backend_and_ops(name: Any) -> tuple[Backend, Ops]:
+    ops: Ops
+    if name == "cuda":
+        return card("h100-80gb").backend, CudaOps(torch.bfloat16)
+    if name == "portable":
+        ops, group = PortableOps(), 4
+    else:
+        try:
+            ops = CpuOps(1)
+        except LibraryMissing as error:
+            pytest.skip(str(error))
+        group = ops.team.group_of
     dtype = str(ops.dtype).removeprefix("torch.")
-    return Backend(name, None if name == "cpu" else dtype, dtype, {}, modes, 16, dot_group)
+    return Backend(name, None if name == "cpu" else dtype, dtype, {}, MODES, 16, group, name == "portable"), ops
 
 
+def keeps_of(config: ModelConfig) -> Callable[[str], bool] | None:
+    stored = config.quantization
+    return None if stored is None else lambda module: not stored.covers(module)
+
+
+@pytest.mark.parametrize("name", ["cpu", "portable", "cuda"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("architecture", "dtype"),
     [("Qwen3ForCausalLM", "bfloat16"), ("LlamaForCausalLM", "float32"), ("SmolLM3ForCausalLM", "float16")],
 )
-def test_weights_take_what_the_backends_say(architecture: str, dtype: str, tied: bool) -> None:
-    config = ModelConfig.from_hf(
-        {**ODD, "architectures": [architecture], "torch_dtype": dtype, "tie_word_embeddings": tied}
-    )
-    compiled, portable, cuda = CpuOps(1), PortableOps(), CudaOps(torch.bfloat16)
-    for ops, backend in (
-        (compiled, backend_of(compiled, "cpu", MODES, compiled.team.group_of)),
-        (portable, backend_of(portable, "portable", ("none",))),
-        (cuda, backend_of(cuda, "cuda", MODES)),
-    ):
-        for mode in backend.modes:
-            model = new_model(config, ops, mode)  # type: ignore[arg-type]
+def test_weights_take_what_the_backends_say(architecture: str, dtype: str, tied: bool, name: str) -> None:
+    backend, ops = backend_and_ops(name)
+    hf = {**ODD, "architectures": [architecture], "torch_dtype": dtype, "tie_word_embeddings": tied}
+    # An int8 checkpoint that has some modules unquantized: of one kind, of one layer, and a table.
+    kept = ["model.layers.1.self_attn.o_proj", "re:.*down_proj", "model.embed_tokens"]
+    stored = write_quantization("w8a8", kept, embedding=False)
+    for config in (ModelConfig.from_hf(hf), ModelConfig.from_hf({**hf, "quantization_config": stored})):
+        quantization = config.quantization
+        for mode in MODES if quantization is None else MODES[1:]:
+            model = new_model(config, ops, mode, keeps_of(config))  # type: ignore[arg-type]
             slots = model.slots()
             fill(slots, random_tensors(slots, config, 0, 0.02))
-            assert weight_bytes(config, mode, backend).total == model.weight_bytes, (backend.name, mode)
+            assert weight_bytes(config, mode, backend).total == model.weight_bytes, (mode, quantization)
 
 
 def local_device(config: EngineConfig) -> PlannedDevice:
@@ -412,6 +431,21 @@ def test_table_and_json_say_the_same_without_torch(tmp_path: Path) -> None:
     assert none / int8 == pytest.approx(2, rel=0.02)
     assert len(found["training"]) == 2
     assert max(len(line) for line in text.splitlines()) <= 140
+
+
+def test_an_int8_checkpoint_has_no_unquantized_mode(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stored = write_quantization("w8a16", [], embedding=True)
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": stored}))
+    arguments = ["plan", str(tmp_path), "--device", "h100-80gb"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (list(found["quantization"]), found["unavailable"]) == (["w8a16", "w8a8"], ["none"])
+    assert main([*arguments, "--quantization", "none"]) == 2
+    assert "not to be had on an int8 checkpoint: choose one of w8a16, w8a8" in capsys.readouterr().err
+
+
+def test_cards_are_named_where_no_planner_is_imported() -> None:
+    assert tuple(CARDS) == CARD_NAMES
 
 
 # This machine's device

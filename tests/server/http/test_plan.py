@@ -80,6 +80,7 @@ def test_the_answer_is_the_plan_of_the_command(client: httpx.Client) -> None:
         ({"model": "/etc"}, "model", "nothing is looked up or downloaded here"),
         ({"model": "stet-tales"}, "model", "nothing is looked up"),  # the folder's name, not the served one's
         ({"config": {}}, "config", "architectures is missing"),
+        ({"config": {**CONFIG, "quantization_config": {"ignore": ["re:(.*)*x"]}}}, "config", "is not read here"),
         ({"config": []}, "config", "config must be an object"),
         ({"config": {**CONFIG, "architectures": ["<b>Mamba</b>"]}}, "config", "architecture '?b?Mamba?/b?' is not"),
         ({"config": {**CONFIG, "hidden_size": "x" * 10_000}}, "config", "hidden_size is 'xxx"),
