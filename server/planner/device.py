@@ -82,7 +82,10 @@ class LocalDevice:
         if known is not None and (known.rates is not None or not measure):
             return known
         if say is not None and measure:
-            say("measuring this machine, once, for about ten seconds: best done while it is idle")
+            say("measuring this machine, once, for about ten seconds")
+            load, cores = os.getloadavg()[0], os.cpu_count() or 1
+            if load > cores / 2:
+                say(f"its {cores} cores are busy (load {load:.1f}): measure again with --measure when they are not")
         found = self._run(measure)
         try:
             device = _parse(found)
