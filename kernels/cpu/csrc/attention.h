@@ -33,7 +33,7 @@ inline void add_values(int count, const int* from, const int* to, const float* p
         for (int i = 0; i < panels; ++i) {
             panel[i] = values + first * D + 16 * i;
         }
-        fma_block<T>(rows, p + row * KEYS + first, KEYS, panel, panels, D, last - first, acc + row * lda, lda, true);
+        fma_block<T, 0>(rows, p + row * KEYS + first, KEYS, panel, panels, D, last - first, acc + row * lda, lda, true);
     };
     int first = 0, last = 16;
     for (int i = 0; i < count; ++i) {
@@ -47,6 +47,11 @@ inline void add_values(int count, const int* from, const int* to, const float* p
     for (int i = 0; i < count; ++i) add(i, 1, from[i], first);
     add(0, count, first, last);
     for (int i = 0; i < count; ++i) add(i, 1, last, to[i]);
+}
+
+template <class T>
+inline void fetch(const T* first, int64_t count) {
+    for (const char* p = (const char*)first; p < (const char*)(first + count); p += 64) __builtin_prefetch(p);
 }
 
 template <class T>
@@ -99,16 +104,25 @@ void attention_of(const Command& c, const Step* step, Work& work) {
             const int64_t from = position + r / group - cache.window + 1;
             return cache.window && from > 0 ? from : 0;
         };
+        // The first slot of the sixteen from key `at` on. Blocks before the window may be somebody else's by now, or none
+        // at all: any will do, it is not used.
+        auto slot_of = [&](int64_t at) {
+            const int64_t block = at + 16 > oldest(0) ? table[at / size] : table[position / size];
+            return (block * kv_heads + head) * size + at % size;
+        };
         for (int64_t key = oldest(0) / KEYS * KEYS; key < position + tokens; key += KEYS) {
+            // The blocks of a sequence lie anywhere: the processor cannot guess what comes next.
+            for (int64_t at = key + KEYS; at < key + 2 * KEYS && at < position + tokens; at += 16) {
+                const int64_t slot = slot_of(at);
+                fetch(keys + slot * D, 16 * D);
+                fetch(values + slot * D, 16 * D);
+            }
             const int64_t last_key = key + KEYS < position + tokens ? key + KEYS : position + tokens;
             const int num_panels = (int)((last_key - key + 15) / 16);
             const T *key_panels[KEYS / 16], *value_rows[KEYS / 16];
             const float *key_scales[KEYS / 16], *value_scales[KEYS / 16];
             for (int i = 0; i < num_panels; ++i) {
-                // Blocks before the window may be somebody else's by now, or none at all: any will do, it is not used.
-                const int64_t at = key + 16 * i;
-                const int64_t block = at + 16 > oldest(0) ? table[at / size] : table[position / size];
-                const int64_t slot = (block * kv_heads + head) * size + at % size;
+                const int64_t slot = slot_of(key + 16 * i);
                 key_panels[i] = keys + slot * D;
                 value_rows[i] = values + slot * D;
                 key_scales[i] = cache.key_scales + slot;
@@ -116,7 +130,7 @@ void attention_of(const Command& c, const Step* step, Work& work) {
             }
             for (int64_t r = 0; r < rows;) {
                 const int count = next_block(rows - r, MAX_ROWS);
-                fma_block<T>(count, q + r * D, D, key_panels, num_panels, 16, D, p + r * KEYS, KEYS, false);
+                fma_block<T, 0>(count, q + r * D, D, key_panels, num_panels, 16, D, p + r * KEYS, KEYS, false);
                 r += count;
             }
             // Visible keys of each row within this block: [low, high).

@@ -46,7 +46,7 @@ void linear_floats(const Command& c, int64_t rows, int64_t chunk, Work& work) {
         }
         for (int64_t row = first_row; row < last_row;) {
             const int m = next_block(last_row - row, MAX_ROWS);
-            fma_block<T>(m, x + row * ldx, ldx, panel, count, 16, K, acc, 16 * GROUP, false);
+            fma_block<T, AHEAD>(m, x + row * ldx, ldx, panel, count, 16, K, acc, 16 * GROUP, false);
             for (int i = 0; i < m; ++i) {
                 for (int p = 0; p < count; ++p) {
                     const int64_t n = (first_panel + p) * 16;

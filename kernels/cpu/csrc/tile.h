@@ -22,9 +22,10 @@ constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 
 // single rows, but not while it multiplies several: then a step would take the sum of both times, not the larger one.
 constexpr int64_t AHEAD = 2048;
 
+// Ahead: that, or 0 where the panels of one weight do not follow each other.
 // x [M][ldx] floats; w[p] points to panel p: 16 lanes at k, then stride elements on, 16 lanes at k + 1, and so on.
 // acc [M][lda] floats, panel p at acc + 16 p: read if `resume`, else 0; then written.
-template <class T, int M, int P>
+template <class T, int M, int P, int64_t Ahead>
 inline void fma_tile(const float* x, int64_t ldx, const T* const* w, int64_t stride, int64_t K, float* acc, int64_t lda,
                      bool resume) {
     F16 sum[M][P];
@@ -40,7 +41,7 @@ inline void fma_tile(const float* x, int64_t ldx, const T* const* w, int64_t str
     for (int64_t k = 0; k < K; ++k) {
         F16 lanes[P];
         STET_UNROLL for (int p = 0; p < P; ++p) {
-            __builtin_prefetch((const char*)wp[p] + AHEAD);
+            if (Ahead) __builtin_prefetch((const char*)wp[p] + Ahead);
             lanes[p] = load(wp[p]);
             wp[p] += stride;
         }
@@ -59,33 +60,33 @@ inline void fma_tile(const float* x, int64_t ldx, const T* const* w, int64_t str
 }
 
 // fma_tile for M rows and any number of panels.
-template <class T, int M>
+template <class T, int M, int64_t Ahead>
 inline void fma_rows(const float* x, int64_t ldx, const T* const* w, int num_panels, int64_t stride, int64_t K,
                      float* acc, int64_t lda, bool resume) {
     constexpr int P = panels_at_once(M);
     int p = 0;
     for (; p + P <= num_panels; p += P) {
-        fma_tile<T, M, P>(x, ldx, w + p, stride, K, acc + 16 * p, lda, resume);
+        fma_tile<T, M, P, Ahead>(x, ldx, w + p, stride, K, acc + 16 * p, lda, resume);
     }
     for (; p < num_panels; ++p) {
-        fma_tile<T, M, 1>(x, ldx, w + p, stride, K, acc + 16 * p, lda, resume);
+        fma_tile<T, M, 1, Ahead>(x, ldx, w + p, stride, K, acc + 16 * p, lda, resume);
     }
 }
 
 // fma_tile for `rows` (1 to MAX_ROWS) rows and any number of panels.
-template <class T>
+template <class T, int64_t Ahead>
 inline void fma_block(int rows, const float* x, int64_t ldx, const T* const* w, int num_panels, int64_t stride,
                       int64_t K, float* acc, int64_t lda, bool resume) {
     switch (rows) {
-        case 1: return fma_rows<T, 1>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 2: return fma_rows<T, 2>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 3: return fma_rows<T, 3>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 4: return fma_rows<T, 4>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 5: return fma_rows<T, 5>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 6: return fma_rows<T, 6>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 1: return fma_rows<T, 1, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 2: return fma_rows<T, 2, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 3: return fma_rows<T, 3, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 4: return fma_rows<T, 4, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 5: return fma_rows<T, 5, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 6: return fma_rows<T, 6, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
 #if defined(STET_AVX512)
-        case 7: return fma_rows<T, 7>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 8: return fma_rows<T, 8>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 7: return fma_rows<T, 7, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 8: return fma_rows<T, 8, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
 #endif
     }
 }
