@@ -49,7 +49,10 @@ async def run(url: str, clients: int, requests: int, tokens: int, seed: int) -> 
     prompts = [[text(PROMPT_WORDS, 10_000 * seed + 100 * c + r) for r in range(requests)] for c in range(clients)]
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        model = (await client.get("/v1/models")).json()["data"][0]["id"]
+        listed = await client.get("/v1/models")
+        if listed.status_code != 200:
+            raise RuntimeError(f"/v1/models was answered with {listed.status_code}")
+        model = listed.json()["data"][0]["id"]
 
         async def one(own: list[str]) -> list[tuple[int, float]]:
             return [await complete(client, model, prompt, tokens) for prompt in own]

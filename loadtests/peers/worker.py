@@ -47,7 +47,11 @@ class Worker:
                 env=os.environ | dict(environment),
                 text=True,
             )
-        self.hello: dict[str, Any] = self._answer()
+        try:
+            self.hello: dict[str, Any] = self._answer()
+        except WorkerError:
+            self.close()
+            raise
 
     def measure(self, cells: Sequence[tuple[str, int]], seed: int) -> list[float]:
         """Tokens a second of each cell, ("prefill" or "decode", batch size). Raises WorkerError."""
