@@ -135,16 +135,20 @@ def apply(x: Tensor, weight: PortableLinear, workspace: Workspace) -> Tensor:
 
 def apply_quantized(x: QuantizedActivations, weight: PortableLinear, workspace: Workspace) -> Tensor:
     """The same for w8a8: exact integers, times the row's scale, times the feature's."""
-    values = x.values.to(torch.float32)
-    y = torch.empty(values.shape[0], weight.out_features)
+    y = integer_product(x.values, weight, workspace).to(torch.float32)
+    return _finish(y.mul_(x.scales[:, None]), weight)
+
+
+def integer_product(values: Tensor, weight: PortableLinear, workspace: Workspace) -> Tensor:
+    """values int8 [T, K] times an int8 weight, unscaled: int32 [T, N]."""
+    values = values.to(torch.float32)
+    total = torch.zeros(values.shape[0], weight.out_features, dtype=torch.int32)
     pieces = [slice(k, k + EXACT_FEATURES) for k in range(0, weight.in_features, EXACT_FEATURES)]
     for features in _blocks(weight.out_features, min(weight.in_features, EXACT_FEATURES)):
-        total = torch.zeros(len(values), features.stop - features.start, dtype=torch.int32)
         for piece in pieces:
             some = _call(values[:, piece].contiguous(), _float32(weight, features, piece, workspace), None)
-            total += some.to(torch.int32)
-        y[:, features] = total
-    return _finish(y.mul_(x.scales[:, None]), weight)
+            total[:, features] += some.to(torch.int32)
+    return total
 
 
 def rows_agree(weight: PortableLinear, workspace: Workspace) -> bool:
@@ -168,8 +172,7 @@ def is_exact(workspace: Workspace) -> bool:
     values = torch.randint(-LARGEST, LARGEST + 1, (33, features), dtype=torch.int8, generator=generator)
     x[0], values[0], values[1] = LARGEST, LARGEST, -LARGEST
     weight = prepare(QuantizedWeight(values, torch.ones(33)), None, "w8a8", torch.float32, packed=False, table=False)
-    product = apply_quantized(QuantizedActivations(x, torch.ones(7)), weight, workspace)
-    return torch.equal(product, (x.long() @ values.long().T).float())
+    return torch.equal(integer_product(x, weight, workspace).long(), x.long() @ values.long().T)
 
 
 def _blocks(out_features: int, in_features: int) -> Iterator[slice]:

@@ -92,11 +92,14 @@ def test_linear(
 def test_int8_linear(
     dtype: torch.dtype, out_features: int, in_features: int, mode: QuantizationMode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """w8a8 to the bit: exact integers, then the reference's multiplications. The largest sums are among them."""
+    """w8a8 to the bit: exact integers, then the reference's multiplications. Among them are the largest sums, and one
+    that is as large half way and small in the end, where a lost unit shows."""
     monkeypatch.setattr(linear, "BLOCK_VALUES", 1 << 18)  # several blocks of features
     ops = PortableOps(dtype=dtype)
     weight, x = torch.randn(out_features, in_features), torch.randn(37, in_features).to(dtype)
     weight[0], x[0] = 3.0, -2.0
+    if out_features > 1:
+        weight[1] = torch.where(torch.arange(in_features) < in_features // 2, 3.0, -3.0)
     for bias in (None, torch.randn(out_features).to(dtype)):
         prepared = ops.prepare_linear(weight, bias, mode)
         parts = out_features * in_features + 4 * out_features + (0 if bias is None else bias.nbytes)
