@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -190,12 +189,13 @@ def test_the_client_counts_tokens_and_the_time_to_the_first(tiny: Path) -> None:
 
 
 def test_rounds_run_forward_and_back_and_share_the_long_cells_evenly() -> None:
-    order = list(compare.visits(["a", "b", "c"], rounds=2))
-    assert "".join(name for _, name, _ in order) == "abccba" * 2
-    assert [number for number, *_ in order] == list(range(12))
-    long = "".join(name for _, name, due in order if due)
-    assert long == "abc" + "cba"
-    assert Counter(long) == {"a": 2, "b": 2, "c": 2}
+    order = compare.visits(["a", "b", "c"], rounds=2)
+    assert "".join(visit.name for visit in order) == "abccba" * 2
+    assert [visit.number for visit in order] == list(range(12))
+    assert "".join(visit.name for visit in order if visit.long) == "abc" + "cba"
+    slow = compare.visits(["a", "b", "c"], rounds=3, followers=["b"])
+    assert "".join(visit.name for visit in slow) == "abcca" + "accba" + "abcca"
+    assert [visit.name for visit in slow if visit.long].count("b") == 1
     assert set(compare.SHORT_CELLS) | set(compare.LONG_CELLS) == set(compare.CELLS)
 
 

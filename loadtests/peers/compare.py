@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,9 @@ Say = Callable[[str], None]
 SHORT_CELLS: tuple[Cell, ...] = (("prefill", 1), ("decode", 1), ("decode", 4), ("decode", 8))
 LONG_CELLS: tuple[Cell, ...] = (("prefill", 8), ("decode", 16), ("decode", 32))
 CELLS: tuple[Cell, ...] = (("prefill", 1), ("prefill", 8), *(("decode", batch) for batch in (1, 4, 8, 16, 32)))
+
+# Far from the lead in every earlier measurement, and slow: fewer visits, so that all of it takes half an hour.
+FOLLOWERS = ("ctranslate2", "transformers")
 
 # The gate: greedy tokens against the logits of float32 transformers, each given the tokens before it. int8 may tip a
 # close choice; a broken conversion gives any of the 32,000 ids.
@@ -62,14 +65,28 @@ class HttpEntry:
     left_out: str | None = None
 
 
-def visits(contestants: Sequence[str], rounds: int) -> Iterator[tuple[int, str, bool]]:
-    """(number of the visit, contestant, whether the long cells are due) in the order of A B B A."""
-    number = 0
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One turn of a contestant. number: of the visit, from 0. long: whether the long cells are due too."""
+
+    number: int
+    name: str
+    long: bool
+
+
+def visits(contestants: Sequence[str], rounds: int, followers: Sequence[str] = ()) -> list[Visit]:
+    """All turns in the order of A B B A. Followers, who are slow and far from the lead, are visited in one pass of each
+    round, with the long cells in the first round alone."""
+    order: list[Visit] = []
     for round_ in range(1, rounds + 1):
         for backward in (False, True):
+            due = backward == (round_ % 2 == 0)
             for name in reversed(contestants) if backward else contestants:
-                yield number, name, backward == (round_ % 2 == 0)
-                number += 1
+                if name not in followers:
+                    order.append(Visit(len(order), name, due))
+                elif due:
+                    order.append(Visit(len(order), name, round_ == 1))
+    return order
 
 
 def passes_gate(ranks: Sequence[Sequence[int]]) -> tuple[bool, dict[str, float]]:
@@ -128,23 +145,21 @@ def compare_engines(
                 leave_out(name, str(error))
 
         began = time.perf_counter()
-        order = list(workers)
-        total = 2 * rounds * len(order)
-        for number, name, long in visits(order, rounds):
-            if name not in workers:
+        order = visits(list(workers), rounds, FOLLOWERS)
+        for visit in order:
+            if visit.name not in workers:
                 continue
-            cells = [cell for cell in CELLS if long or cell in SHORT_CELLS]
+            cells = [cell for cell in CELLS if visit.long or cell in SHORT_CELLS]
+            samples = entries[visit.name].samples
             try:
-                for cell, rate in zip(cells, workers[name].measure(cells, seed=number), strict=True):
-                    entries[name].samples.setdefault(cell, []).append(rate)
+                for cell, rate in zip(cells, workers[visit.name].measure(cells, seed=visit.number), strict=True):
+                    samples.setdefault(cell, []).append(rate)
             except WorkerError as error:
-                leave_out(name, str(error))
+                leave_out(visit.name, str(error))
                 continue
-            rates = entries[name].samples
-            say(
-                f"{model}: visit {number + 1} of {total}, {time.perf_counter() - began:.0f} s: {name}, tokens/s: "
-                + ", ".join(f"{kind} {batch}: {rates[kind, batch][-1]:.0f}" for kind, batch in cells)
-            )
+            shown = ", ".join(f"{kind} {batch}: {samples[kind, batch][-1]:.0f}" for kind, batch in cells)
+            clock = f"{time.perf_counter() - began:.0f} s"
+            say(f"{model}: visit {visit.number + 1} of {len(order)}, {clock}: {visit.name}, tokens/s: {shown}")
     return entries
 
 
@@ -193,14 +208,15 @@ def compare_servers(
                 running.pop(name, None)
                 say(f"{model}: the server of {name} is left out: {entries[name].left_out}")
 
-        order = list(running)
-        for number, name, _ in visits(order, rounds):
+        order = visits(list(running), rounds)
+        for visit in order:
+            name = visit.name
             if name not in running:
                 continue
             entry = entries[name]
             try:
                 for clients, requests in HTTP_CLIENTS.items():
-                    answer = ask(running[name].url, clients, requests, seed=100 * number + clients)
+                    answer = ask(running[name].url, clients, requests, seed=100 * visit.number + clients)
                     entry.rates.setdefault(clients, []).append(answer["tokens"] / answer["seconds"])
                     entry.first.setdefault(clients, []).append(statistics.median(answer["first"]))
             except RuntimeError as error:
@@ -209,7 +225,7 @@ def compare_servers(
                 say(f"{model}: the server of {name} is left out: {error}")
                 continue
             shown = ", ".join(f"{n}: {entry.rates[n][-1]:.0f}" for n in HTTP_CLIENTS)
-            say(f"{model}: HTTP visit {number + 1} of {2 * rounds * len(order)}: {name}, tokens/s by clients: {shown}")
+            say(f"{model}: HTTP visit {visit.number + 1} of {len(order)}: {name}, tokens/s by clients: {shown}")
     return entries
 
 

@@ -109,7 +109,7 @@ def run(folder: Path, quantization: str, rounds: int, threads: int) -> tuple[dic
     engine = build_engine(config)
     core, chosen = engine.core, engine.scheduler_config.mixed_step_tokens
     stalls = {setting: Stall(chosen if setting == "auto" else int(setting)) for setting in SETTINGS}
-    for number, setting, _ in visits(SETTINGS, rounds):
+    for number, setting in enumerate(visit.name for visit in visits(SETTINGS, rounds)):
         stall = stalls[setting]
         # The core is idle: a fresh scheduler over the same pool forgets nothing that is needed.
         core.scheduler = Scheduler(replace(engine.scheduler_config, mixed_step_tokens=stall.tokens))
