@@ -16,9 +16,11 @@ from models.training.decoder import Decoder, Shape
 from models.training.evaluate import Numbers, evaluate
 from models.training.train import Recipe, load_weights, pick_device, save_checkpoint, train
 
-STAGES = ("tokenizer", "corpus", "pretrain", "tune", "qat", "compare", "evaluate", "export")
+ALL = ("tokenizer", "corpus", "pretrain", "tune", "evaluate", "export")
+# Training for int8 and what measures it: not part of `all`, because these weights lose nothing to int8 (model card).
+STAGES = (*ALL, "qat", "compare")
 SPLITS = ("train", "tune")
-SHARES = {"pretrain": 0.6, "tune": 0.2, "qat": 0.2}  # of the minutes or tokens
+SHARES = {"pretrain": 0.75, "tune": 0.25, "qat": 0.25}  # of the minutes or tokens
 PRETRAIN = Recipe(peak_lr=3e-3, minutes=1)
 TUNE = Recipe(peak_lr=1e-3, minutes=1, lengths=((1.0, 1024),), decay_from=0.1)
 TITLES = {"start": "before `qat`", "qat-none": "control: `qat` without rounding", "qat-w8a8": "after `qat`"}
@@ -26,8 +28,10 @@ TITLES = {"start": "before `qat`", "qat-none": "control: `qat` without rounding"
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m models.training", description=__doc__)
-    parser.add_argument("stage", choices=(*STAGES, "all"), help="one stage, or all of them in this order")
-    parser.add_argument("--minutes", type=float, default=55, help="training time, all three stages (default: 55)")
+    parser.add_argument("stage", choices=(*STAGES, "all"), help=f"one stage, or all: {' '.join(ALL)}")
+    parser.add_argument(
+        "--minutes", type=float, default=55, help="training time (default: 55); of it tune and qat take a quarter"
+    )
     parser.add_argument("--tokens", type=int, help="budget in tokens instead of minutes: reproducible to the bit")
     parser.add_argument("--scratch", type=Path, default=Path("build/training"), help="token files and checkpoints")
     parser.add_argument("--out", type=Path, default=Path("models/tales"), help="where `export` writes")
@@ -38,9 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tasks", type=int, default=200, help="held-out tasks a cell of the evaluation")
     parser.add_argument("--mode", choices=MODES, default="w8a8", help="what `qat` trains for; none is its control")
-    parser.add_argument(
-        "--weights", choices=("tune", "qat"), help="what `evaluate` and `export` take (default: the last stage made)"
-    )
+    parser.add_argument("--weights", choices=("tune", "qat"), default="tune", help="what `evaluate` and `export` take")
     return parser.parse_args()
 
 
@@ -131,15 +133,14 @@ def run_comparison(args: argparse.Namespace) -> None:
     found.save(args.scratch / "comparison.json")
 
 
-def last_weights(args: argparse.Namespace) -> Decoder:
-    """Those of `--weights`, or of the last stage that was made. Raises FileNotFoundError where there are none."""
-    trained = qat.checkpoint(args.scratch, "w8a8")
-    last = args.weights or ("qat" if trained.exists() else "tune")
-    return load_weights(trained if last == "qat" else args.scratch / "tune.pt", shape(args))
+def chosen_weights(args: argparse.Namespace) -> Decoder:
+    """Those of the stage `--weights`. Raises FileNotFoundError, with what to do, where there are none."""
+    path = args.scratch / "tune.pt" if args.weights == "tune" else qat.checkpoint(args.scratch, "w8a8")
+    return load_weights(path, shape(args))
 
 
 def run_evaluation(args: argparse.Namespace) -> None:
-    model = export.rounded(last_weights(args)).to(pick_device())
+    model = export.rounded(chosen_weights(args)).to(pick_device())
     hashes = [folder / f"{split}.hashes.npy" for folder in (args.scratch, args.scratch / "qat") for split in SPLITS]
     for path in hashes:
         if not path.exists():
@@ -150,12 +151,12 @@ def run_evaluation(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    model = last_weights(args)
+    model = chosen_weights(args)
     size = export.export(model, tokenizer.load(args.scratch), args.out)
     numbers = Numbers.load(args.scratch / "evaluation.json")
-    made = {"pretrain": "pretrain", "tune": "tune", "qat": "qat-w8a8"}
-    paths = {stage: args.scratch / f"{name}.json" for stage, name in made.items()}
-    runs = {stage: json.loads(path.read_text()) for stage, path in paths.items() if path.exists()}
+    made = ("pretrain", "tune") if args.weights == "tune" else ("pretrain", "tune", "qat-w8a8")
+    paths = {name: args.scratch / f"{name}.json" for name in made}
+    runs = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     parameters = sum(w.numel() for w in model.parameters())
     export.write_card(args.out, export.numbers_section(numbers, parameters, runs))
     if (path := args.scratch / "comparison.json").exists():
@@ -167,7 +168,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     args.scratch.mkdir(parents=True, exist_ok=True)
-    for stage in STAGES if args.stage == "all" else (args.stage,):
+    for stage in ALL if args.stage == "all" else (args.stage,):
         match stage:
             case "tokenizer":
                 make_tokenizer(args)

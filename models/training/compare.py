@@ -184,7 +184,7 @@ def section(comparison: Comparison, titles: Mapping[str, str]) -> str:
     """The table as Markdown; `titles` says what each of the weights is."""
     lines = [
         "| weights | served as | perplexity, stories | perplexity, all | nats a token over the first row "
-        "| KL from bf16 | same most likely token | tasks right |",
+        "| KL from bf16 | same most likely token | tasks solved |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in comparison.rows:

@@ -1,4 +1,4 @@
-"""Quantization-aware training: the last stage, which makes the tuned weights at home in int8.
+"""Quantization-aware training: an optional last stage, which makes the tuned weights at home in int8.
 
 The student computes as it will be served (`fake_quantize`: linear layers, token table and head; norms, rotary and
 attention stay float32) and learns two things at once: the text itself, and to say what its teacher says, which is the

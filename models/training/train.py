@@ -144,7 +144,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 def load_weights(path: Path, shape: Shape) -> Decoder:
     """The decoder of a checkpoint. Raises FileNotFoundError, with what to do, where there is none."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run the stage `{path.stem}` first")
+        raise FileNotFoundError(f"{path} is missing: run the stage `{path.stem.partition('-')[0]}` first")
     model = Decoder(shape)
     model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["model"])
     return model

@@ -261,7 +261,7 @@ def test_the_stage_begins_with_the_weights_there_are(small_tokenizer: Tokenizer,
     """Without tuned weights: with the exported ones, which stay the start when others are exported over them."""
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     scratch.mkdir()
-    args = argparse.Namespace(out=out, scratch=scratch, layers=1, weights=None)
+    args = argparse.Namespace(out=out, scratch=scratch, layers=1, weights="tune")
     shape = replace(Shape(), vocab_size=small_tokenizer.get_vocab_size(), num_layers=1)
     first, second = export.rounded(Decoder(shape)), Decoder(shape)
     export.export(first, small_tokenizer, out)
@@ -269,6 +269,7 @@ def test_the_stage_begins_with_the_weights_there_are(small_tokenizer: Tokenizer,
     export.export(second, small_tokenizer, out)
     assert torch.equal(stages.before_qat(args).embed_tokens.weight, first.embed_tokens.weight)
     with pytest.raises(FileNotFoundError, match="run the stage `tune` first"):
-        stages.last_weights(args)
+        stages.chosen_weights(args)
     torch.save({"model": second.state_dict()}, qat.checkpoint(scratch, "w8a8"))
-    assert torch.equal(stages.last_weights(args).embed_tokens.weight, second.embed_tokens.weight)
+    args.weights = "qat"
+    assert torch.equal(stages.chosen_weights(args).embed_tokens.weight, second.embed_tokens.weight)
