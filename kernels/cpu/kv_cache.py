@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.native import TYPES, Cache, large_pages
+from kernels.cpu.native import TYPES, Cache, zeros
 from kernels.ops import KVCacheSpec
 
 LANES = 16
 MAX_HEAD_DIM = 1024
-_CACHE_LINE = 64
 _MARGIN = 64  # elements: a load of 16 elements at the very end reads on
 
 
@@ -42,16 +40,7 @@ def allocate(spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
         raise ValueError(f"spec.head_dim is {spec.head_dim}; it must be from 1 to {MAX_HEAD_DIM}")
     slots = num_blocks * spec.num_kv_heads * spec.block_size
 
-    def zeros(size: int, dtype: torch.dtype) -> Tensor:
-        # NumPy's zeros are pages that the system hands out, zeroed, when they are first written to: a large cache takes
-        # no time to make, and only as much memory as is used.
-        num_bytes = (size + _MARGIN) * dtype.itemsize
-        pages = np.zeros(num_bytes + _CACHE_LINE, dtype=np.uint8)
-        start = -pages.ctypes.data % _CACHE_LINE
-        with torch.inference_mode(False):
-            return large_pages(torch.from_numpy(pages[start : start + num_bytes]).view(dtype))
-
-    keys, values = (zeros(slots * spec.head_dim, spec.dtype) for _ in range(2))
+    keys, values = (zeros(slots * spec.head_dim + _MARGIN, spec.dtype) for _ in range(2))
     quantized = spec.dtype == torch.int8
     key_scales, value_scales = (zeros(slots, torch.float32) if quantized else None for _ in range(2))
     struct = Cache(

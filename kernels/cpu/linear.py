@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cpu.native import INT8_DOT, TYPES, large_pages, library
+from kernels.cpu.native import INT8_DOT, TYPES, library, zeros
 from kernels.int8 import quantize_rows
 from kernels.ops import QuantizationMode, QuantizedWeight
 
@@ -64,18 +64,18 @@ def pack(
     if mode == "none":
         assert isinstance(weight, Tensor)
         stored = weight.detach().to(dtype or (weight.dtype if weight.dtype in TYPES else torch.float32)).contiguous()
-        packed = _empty(panels * LANES * k, stored.dtype)
+        packed = zeros(panels * LANES * k, stored.dtype)
         library().stet_pack(stored.data_ptr(), n, k, stored.itemsize, packed.data_ptr())
         return CpuLinear(n, k, mode, packed, None, own_bias, TYPES[stored.dtype])
     values, scales = (weight.values, weight.scales) if isinstance(weight, QuantizedWeight) else _quantize(weight)
     values, scales = values.contiguous(), scales.to(torch.float32).contiguous().clone()
     if mode == "w8a16":
-        packed = _empty(panels * LANES * k, torch.int8)
+        packed = zeros(panels * LANES * k, torch.int8)
         library().stet_pack(values.data_ptr(), n, k, 1, packed.data_ptr())
         return CpuLinear(n, k, mode, packed, scales, own_bias, TYPES[torch.int8])
     if k > MAX_DOT_FEATURES:
         raise ValueError(f"weight has {k} input features; the int32 sums of w8a8 hold up to {MAX_DOT_FEATURES}")
-    packed = _empty(panels * LANES * padded(k, group_of), torch.int8)
+    packed = zeros(panels * LANES * padded(k, group_of), torch.int8)
     library().stet_pack_dot(values.data_ptr(), n, k, group_of, packed.data_ptr())
     return CpuLinear(n, k, mode, packed, scales, own_bias, INT8_DOT)
 
@@ -83,12 +83,6 @@ def pack(
 def padded(features: int, group_of: int) -> int:
     """How many integers a quantized row of so many features takes: whole groups."""
     return -(-features // group_of) * group_of
-
-
-def _empty(size: int, dtype: torch.dtype) -> Tensor:
-    # A tensor born under inference_mode could not be written to outside of it.
-    with torch.inference_mode(False):
-        return large_pages(torch.empty(size, dtype=dtype))
 
 
 def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:

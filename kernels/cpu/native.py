@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import sys
 from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
@@ -144,7 +146,17 @@ def command(
     return made
 
 
-def large_pages(tensor: Tensor) -> Tensor:
-    """Ask the system to back a new tensor with large pages, before anything is written to it."""
-    library().stet_large_pages(tensor.data_ptr(), tensor.nbytes)
+def zeros(size: int, dtype: torch.dtype) -> Tensor:
+    """`size` elements of zero on pages of their own, which the system hands out when they are first written to.
+
+    So a large cache takes no time to make and only as much memory as is used; and what loading frees leaves no holes
+    between what stays. The system is asked for large pages: the tables that turn addresses into places in memory are
+    then small enough to stay in the core.
+    """
+    num_bytes = max(size, 1) * dtype.itemsize
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    # A tensor born under inference_mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        tensor = torch.frombuffer(mmap.mmap(-1, num_bytes, **private), dtype=dtype, count=max(size, 1))[:size]
+    library().stet_large_pages(tensor.data_ptr(), num_bytes)
     return tensor
