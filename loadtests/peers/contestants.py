@@ -134,7 +134,8 @@ class Stet(Stepping):
         self._index: dict[int, int] = {}
         self._next_id = 1
         identity = engine.identity
-        self.settings = f"{quantization}, KV cache {identity.kv_cache_dtype}, {identity.device}"
+        kernels = f"{identity.backend} kernels, {identity.instruction_set}"
+        self.settings = f"{quantization}, KV cache {identity.kv_cache_dtype}, {kernels}"
 
     def _start(self, prompts: Prompts, new_tokens: int) -> None:
         from server.engine.request import Request, SamplingParams

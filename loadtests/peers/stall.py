@@ -121,7 +121,8 @@ def run(folder: Path, quantization: str, rounds: int, threads: int) -> tuple[dic
             f"p99 {1000 * figures[1]:.1f} ms, first token of the prompt after {figures[2]:.2f} s"
         )
     identity = engine.identity
-    return stalls, f"{identity.quantization}, {identity.dtype}, KV cache {identity.kv_cache_dtype}, {identity.device}"
+    kinds = f"{identity.quantization}, {identity.dtype}, KV cache {identity.kv_cache_dtype}"
+    return stalls, f"{kinds}, {identity.backend} kernels"
 
 
 def rows(stalls: dict[str, Stall]) -> list[dict[str, object]]:
