@@ -124,7 +124,8 @@ def compile_variant(module: str, variant: Variant, capability: int) -> Compiled:
         fn=variant.fn,
         signature=signature,
         constexprs=dict(variant.constants),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned},
+        # In one order in every process: it is part of the key under which Triton keeps what it has compiled.
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sorted(variant.aligned)},
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
