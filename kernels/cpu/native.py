@@ -102,6 +102,7 @@ def library() -> ctypes.CDLL:
     loaded.stet_large_pages.argtypes = (c_void_p, c_int64)
     for name in ("stet_free", "stet_run", "stet_pack", "stet_pack_dot", "stet_large_pages"):
         getattr(loaded, name).restype = None
+    loaded.stet_return_large_memory()
     return loaded
 
 
