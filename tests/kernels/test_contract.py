@@ -8,12 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from kernels.cpu.ops import CpuOps
 from kernels.ops import AttentionMetadata, KVCacheSpec, Ops, QuantizedActivations, QuantizedWeight, RotaryTable
 from kernels.portable import PortableOps, linear
 from kernels.reference import ReferenceOps
 from tests.kernels.cases import sampling
 
-BACKENDS = [ReferenceOps, PortableOps]
+BACKENDS = [ReferenceOps, PortableOps, CpuOps]
 METHODS = [name for name, member in inspect.getmembers(Ops, inspect.isfunction) if not name.startswith("_")]
 
 
