@@ -47,7 +47,8 @@ async def complete(client: httpx.AsyncClient, model: str, prompt: str, tokens: i
 async def run(url: str, clients: int, requests: int, tokens: int, seed: int) -> dict[str, object]:
     """`clients` at once, each with `requests` requests one after another, whose prompts all differ."""
     prompts = [[text(PROMPT_WORDS, 10_000 * seed + 100 * c + r) for r in range(requests)] for c in range(clients)]
-    limits = httpx.Limits(max_connections=clients)
+    # A connection for each request: llama-server closes idle ones, now and then just as the next request is sent.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         listed = await client.get("/v1/models")
         if listed.status_code != 200:
