@@ -27,7 +27,7 @@ FLAGS = ("-O2", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "
 # GCC's own headers for AVX-512 start from variables that are deliberately left undefined.
 QUIET = ("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unused-function")
 X86_SETS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mprfchw"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mfma", "-mf16c"),
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.cpu.native import TYPES, Cache, zeros
+from kernels.cpu.native import TYPES, Cache, library, zeros
 from kernels.ops import KVCacheSpec
 
 LANES = 16
@@ -55,3 +58,22 @@ def allocate(spec: KVCacheSpec, num_blocks: int) -> CpuKVCache:
         TYPES[spec.dtype],
     )
     return CpuKVCache(spec, num_blocks, keys, values, key_scales, value_scales, struct)
+
+
+_POPULATED_AT_ONCE = 1 << 21  # bytes: a large page
+
+
+def populate(caches: Sequence[CpuKVCache]) -> None:
+    """Have the system hand out the memory of all these caches, the first blocks of each first.
+
+    A large page that is written to for the first time takes the system up to some milliseconds (in a virtual machine
+    whose host must find it first), and all layers come to their next page in the same step. Called on a thread of its own
+    it goes last in the queue for a core: steps go before.
+    """
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    tensors = [t for c in caches for t in (c.keys, c.values, c.key_scales, c.value_scales) if t is not None]
+    for start in range(0, max((t.nbytes for t in tensors), default=0), _POPULATED_AT_ONCE):
+        for tensor in tensors:
+            if start < tensor.nbytes:
+                library().stet_populate(tensor.data_ptr() + start, min(_POPULATED_AT_ONCE, tensor.nbytes - start))

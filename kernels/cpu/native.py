@@ -99,8 +99,8 @@ def library() -> ctypes.CDLL:
     loaded.stet_run.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
     loaded.stet_pack.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
     loaded.stet_pack_dot.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
-    loaded.stet_large_pages.argtypes = (c_void_p, c_int64)
-    for name in ("stet_free", "stet_run", "stet_pack", "stet_pack_dot", "stet_large_pages"):
+    loaded.stet_large_pages.argtypes = loaded.stet_populate.argtypes = (c_void_p, c_int64)
+    for name in ("stet_free", "stet_run", "stet_pack", "stet_pack_dot", "stet_large_pages", "stet_populate", "stet_keep_memory"):
         getattr(loaded, name).restype = None
     loaded.stet_return_large_memory()
     return loaded
@@ -133,6 +133,11 @@ class Team:
         # After a fork the threads are not there to be ended.
         if self._handle and os.getpid() == self._process:
             self._library.stet_free(self._handle)
+
+
+def keep_freed_memory() -> None:
+    """Loading gave its memory back; from now on what a step frees is kept for the next one."""
+    library().stet_keep_memory()
 
 
 def command(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 
-from kernels.cpu.native import LibraryMissing
+from kernels.cpu.kv_cache import CpuKVCache, populate
+from kernels.cpu.native import LibraryMissing, keep_freed_memory
 from kernels.cpu.ops import CpuOps
 from kernels.ops import Ops
 from kernels.portable import PortableOps
@@ -90,6 +92,7 @@ class CpuDevice:
         self._dtype = dtype
         self._weight_bytes = 0
         self._model_dtype = "float32"
+        self._kv_caches: list[CpuKVCache] = []
         self.ops: CpuOps | PortableOps
         try:
             self.ops = CpuOps(threads, dtype)
@@ -128,13 +131,18 @@ class CpuDevice:
             kv_dtype,
             max_tokens=config.max_tokens_per_step,
         )
+        self._kv_caches = [cache for cache in runner.kv_caches if isinstance(cache, CpuKVCache)]
         return runner, plan
 
     def warm_up(self, runner: Any, report: Callable[[float], None]) -> None:
         """Nothing is compiled here."""
 
     def started(self) -> None:
-        """Nothing changes."""
+        """The KV cache's memory is handed out meanwhile: requests need not wait for all of it."""
+        if isinstance(self.ops, CpuOps):
+            keep_freed_memory()
+        threading.Thread(target=populate, args=(self._kv_caches,), name="populate", daemon=True).start()
+        self._kv_caches = []
 
     def memory_bytes(self, kv_cache_bytes: int) -> dict[str, int]:
         return {"weights": self._weight_bytes, "kv_cache": kv_cache_bytes}

@@ -51,10 +51,10 @@ class Runner:
         self._block_size = block_size
         self._eos_token_ids = tuple(eos_token_ids)
         specs = model.kv_cache_specs(block_size, kv_dtype or ops.dtype)
-        self._kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
+        self.kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
 
         def forward(token_ids: Tensor, plan: AttentionPlan) -> Tensor:
-            return model.forward(token_ids, self._kv_caches, plan)
+            return model.forward(token_ids, self.kv_caches, plan)
 
         self._forward = forward if max_tokens is None else ops.record(forward, max_tokens, block_size)
 

@@ -24,16 +24,19 @@ inline F16 cap(F16 s, float softcap) {
 
 // acc[r] += p[r] v over 16 keys, for `count` rows from r on. Row r sees the keys from[r] to to[r] - 1 of the sixteen: those
 // that all of these rows see are added together, what single rows see before and after them one row at a time.
+// later: sixteen values that are fetched meanwhile.
 template <class T>
-inline void add_values(int count, const int* from, const int* to, const float* p, const T* values, int64_t D,
-                       int panels, float* acc, int64_t lda) {
-    const T* panel[64];
+inline void add_values(int count, const int* from, const int* to, const float* p, const T* values, const T* later,
+                       int64_t D, int panels, float* acc, int64_t lda) {
+    const T *panel[64], *later_panel[64];
     auto add = [&](int row, int rows, int first, int last) {
         if (first >= last) return;
         for (int i = 0; i < panels; ++i) {
             panel[i] = values + first * D + 16 * i;
+            later_panel[i] = later + first * D + 16 * i;
         }
-        fma_block<T, 0>(rows, p + row * KEYS + first, KEYS, panel, panels, D, last - first, acc + row * lda, lda, true);
+        fma_block<T, SECOND_LEVEL>(rows, p + row * KEYS + first, KEYS, panel, later_panel, panels, D, last - first, acc + row * lda,
+                     lda, true);
     };
     int first = 0, last = 16;
     for (int i = 0; i < count; ++i) {
@@ -51,8 +54,14 @@ inline void add_values(int count, const int* from, const int* to, const float* p
 
 template <class T>
 inline void fetch(const T* first, int64_t count) {
-    for (const char* p = (const char*)first; p < (const char*)(first + count); p += 64) __builtin_prefetch(p);
+    for (const char* p = (const char*)first; p < (const char*)(first + count); p += 64) __builtin_prefetch(p, 0, 2);
 }
+
+// Some tokens of one sequence and the query heads of one KV head; without tokens: there is none left. The first token stands
+// at `position`; the first row sees the keys from `oldest` on, the last one those before `end`.
+struct Part {
+    int64_t sequence, head, first, tokens, position, oldest, end;
+};
 
 template <class T>
 void attention_of(const Command& c, const Step* step, Work& work) {
@@ -72,26 +81,48 @@ void attention_of(const Command& c, const Step* step, Work& work) {
     float* l = m + rows_most;                    // [rows]
     const int64_t lda = 16 * panels_of_head;
 
+    auto oldest_of = [&](int64_t position) {
+        const int64_t from = position - cache.window + 1;
+        return cache.window && from > 0 ? from : 0;
+    };
     // Parts are numbered through, sequence by sequence. Each thread walks along with the numbers that it takes.
     int64_t sequence = 0, first_part = 0;
     auto parts_of = [&](int64_t s) {
         return (step->query_starts[s + 1] - step->query_starts[s] + part_tokens - 1) / part_tokens * kv_heads;
     };
-    for (int64_t part; (part = work.take(), true);) {
+    auto take = [&]() -> Part {
+        const int64_t part = work.take();
         while (sequence < step->num_sequences && part >= first_part + parts_of(sequence)) {
             first_part += parts_of(sequence++);
         }
-        if (sequence == step->num_sequences) return;
-        const int64_t head = (part - first_part) % kv_heads;
+        if (sequence == step->num_sequences) return Part{};
         // The last tokens have the most keys: they go first.
         const int64_t in_reverse = parts_of(sequence) / kv_heads - 1 - (part - first_part) / kv_heads;
         const int64_t first = step->query_starts[sequence] + in_reverse * part_tokens;
-        const int64_t end = step->query_starts[sequence + 1];
-        const int64_t tokens = end - first < part_tokens ? end - first : part_tokens, rows = tokens * group;
-        const int32_t* table = step->block_tables + sequence * step->table_stride;
+        const int64_t rest = step->query_starts[sequence + 1] - first, tokens = rest < part_tokens ? rest : part_tokens;
         const int64_t position = step->positions[first];
+        return Part{sequence, (part - first_part) % kv_heads, first, tokens, position, oldest_of(position),
+                    position + tokens};
+    };
+    // The first slots of up to four sixteens of keys, from `key` on; returns how many. Blocks before the window may be
+    // somebody else's by now, or none at all: any will do, it is not used.
+    auto find_slots = [&](const Part& part, int64_t key, int64_t* slots) -> int {
+        const int32_t* table = step->block_tables + part.sequence * step->table_stride;
+        int count = 0;
+        for (int64_t at = key; at < key + KEYS && at < part.end; at += 16) {
+            const int64_t block = at + 16 > part.oldest ? table[at / size] : table[part.position / size];
+            slots[count++] = (block * kv_heads + part.head) * size + at % size;
+        }
+        return count;
+    };
 
-        for (int64_t t = 0; t < tokens; ++t) {
+    Part next = take();
+    while (next.tokens > 0) {
+        // Taken one part ahead: its first keys are fetched while the last ones of this part are worked on.
+        const Part part = next;
+        next = take();
+        const int64_t head = part.head, first = part.first, position = part.position, rows = part.tokens * group;
+        for (int64_t t = 0; t < part.tokens; ++t) {
             std::memcpy(q + t * group * D, query + ((first + t) * heads + head * group) * D, group * D * sizeof(float));
         }
         std::memset(acc, 0, rows * lda * sizeof(float));
@@ -100,37 +131,27 @@ void attention_of(const Command& c, const Step* step, Work& work) {
             l[r] = 0.0f;
         }
         // Row r sees the keys from oldest(r) to position + r / group.
-        auto oldest = [&](int64_t r) {
-            const int64_t from = position + r / group - cache.window + 1;
-            return cache.window && from > 0 ? from : 0;
-        };
-        // The first slot of the sixteen from key `at` on. Blocks before the window may be somebody else's by now, or none
-        // at all: any will do, it is not used.
-        auto slot_of = [&](int64_t at) {
-            const int64_t block = at + 16 > oldest(0) ? table[at / size] : table[position / size];
-            return (block * kv_heads + head) * size + at % size;
-        };
-        for (int64_t key = oldest(0) / KEYS * KEYS; key < position + tokens; key += KEYS) {
+        auto oldest = [&](int64_t r) { return oldest_of(position + r / group); };
+        for (int64_t key = part.oldest / KEYS * KEYS; key < part.end; key += KEYS) {
+            int64_t slots[KEYS / 16], later[KEYS / 16];
+            const int num_panels = find_slots(part, key, slots);
             // The blocks of a sequence lie anywhere: the processor cannot guess what comes next.
-            for (int64_t at = key + KEYS; at < key + 2 * KEYS && at < position + tokens; at += 16) {
-                const int64_t slot = slot_of(at);
-                fetch(keys + slot * D, 16 * D);
-                fetch(values + slot * D, 16 * D);
+            int num_later = 0;
+            if (key + KEYS < part.end) num_later = find_slots(part, key + KEYS, later);
+            else if (next.tokens > 0) num_later = find_slots(next, next.oldest / KEYS * KEYS, later);
+            for (int i = num_panels; i < num_later; ++i) {
+                fetch(keys + later[i] * D, 16 * D);
+                fetch(values + later[i] * D, 16 * D);
             }
-            const int64_t last_key = key + KEYS < position + tokens ? key + KEYS : position + tokens;
-            const int num_panels = (int)((last_key - key + 15) / 16);
-            const T *key_panels[KEYS / 16], *value_rows[KEYS / 16];
-            const float *key_scales[KEYS / 16], *value_scales[KEYS / 16];
+            const T *key_panels[KEYS / 16], *later_keys[KEYS / 16];
             for (int i = 0; i < num_panels; ++i) {
-                const int64_t slot = slot_of(key + 16 * i);
-                key_panels[i] = keys + slot * D;
-                value_rows[i] = values + slot * D;
-                key_scales[i] = cache.key_scales + slot;
-                value_scales[i] = cache.value_scales + slot;
+                key_panels[i] = keys + slots[i] * D;
+                later_keys[i] = i < num_later ? keys + later[i] * D : key_panels[i];
             }
             for (int64_t r = 0; r < rows;) {
                 const int count = next_block(rows - r, MAX_ROWS);
-                fma_block<T, 0>(count, q + r * D, D, key_panels, num_panels, 16, D, p + r * KEYS, KEYS, false);
+                fma_block<T, SECOND_LEVEL>(count, q + r * D, D, key_panels, r == 0 ? later_keys : key_panels, num_panels, 16, D,
+                             p + r * KEYS, KEYS, false);
                 r += count;
             }
             // Visible keys of each row within this block: [low, high).
@@ -146,7 +167,7 @@ void attention_of(const Command& c, const Step* step, Work& work) {
                 F16 best = splat(-INFINITY);
                 for (int i = from / 16; 16 * i < to; ++i) {
                     F16 v = load(s + 16 * i) * splat(scale);
-                    if (sizeof(T) == 1) v = v * load(key_scales[i]);
+                    if (sizeof(T) == 1) v = v * load(cache.key_scales + slots[i]);
                     if (softcap > 0.0f) v = cap(v, softcap);
                     v = where_between(from - 16 * i, to - 16 * i, v, splat(-INFINITY));
                     store(s + 16 * i, v);
@@ -158,7 +179,7 @@ void attention_of(const Command& c, const Step* step, Work& work) {
                 for (int i = from / 16; 16 * i < to; ++i) {
                     F16 e = exp(load(s + 16 * i) - splat(next));
                     total = total + e;
-                    if (sizeof(T) == 1) e = where_between(from - 16 * i, to - 16 * i, e * load(value_scales[i]), e);
+                    if (sizeof(T) == 1) e = where_between(from - 16 * i, to - 16 * i, e * load(cache.value_scales + slots[i]), e);
                     store(s + 16 * i, e);
                 }
                 if (m[r] != next) {
@@ -181,7 +202,9 @@ void attention_of(const Command& c, const Step* step, Work& work) {
                         from[j] = within_sixteen(low(r + j) - 16 * i);
                         to[j] = within_sixteen(high(r + j) - 16 * i);
                     }
-                    add_values<T>(count, from, to, p + r * KEYS + 16 * i, value_rows[i], D, (int)panels_of_head,
+                    const T* own = values + slots[i] * D;
+                    add_values<T>(count, from, to, p + r * KEYS + 16 * i, own,
+                                  r == 0 && i < num_later ? values + later[i] * D : own, D, (int)panels_of_head,
                                   acc + r * lda, lda);
                 }
                 r += count;

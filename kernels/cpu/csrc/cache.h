@@ -48,6 +48,13 @@ void write_kv(const Command& c, const Step* step, Work& work) {
         const int64_t block = step->block_tables[step->sequences[token] * step->table_stride + position / size];
         const int64_t offset = position % size;
         const float *cos = (const float*)c.p[3] + position * half, *sin = (const float*)c.p[4] + position * half;
+        // A token's keys are scattered over as many lines as there are pairs of elements: they come while queries are
+        // rotated.
+        const int64_t element = cache.type == FLOAT32 ? 4 : cache.type == INT8 ? 1 : 2;
+        for (int64_t h = 0; h < kv_heads; ++h) {
+            const char* lines = (const char*)cache.keys + ((block * kv_heads + h) * size + offset / 16 * 16) * D * element;
+            for (int64_t at = 0; at < 16 * D * element; at += 64) __builtin_prefetch(lines + at, 1);
+        }
         auto prepare = [&](const float* x, const void* norm, float* y) {
             if (norm) scale_row(x, (const float*)norm, inverse_rms(x, D, c.f[0]), D, y);
             else std::memcpy(y, x, D * sizeof(float));

@@ -40,13 +40,14 @@ void linear_floats(const Command& c, int64_t rows, int64_t chunk, Work& work) {
         const int64_t first_panel = item % groups * GROUP, first_row = item / groups * chunk;
         const int count = (int)(panels - first_panel < GROUP ? panels - first_panel : GROUP);
         const int64_t last_row = first_row + chunk < rows ? first_row + chunk : rows;
-        const T* panel[GROUP];
+        const T *panel[GROUP], *later[GROUP];
         for (int p = 0; p < count; ++p) {
             panel[p] = w + (first_panel + p) * K * 16;
+            later[p] = panel[p] + AHEAD / (int64_t)sizeof(T);
         }
         for (int64_t row = first_row; row < last_row;) {
             const int m = next_block(last_row - row, MAX_ROWS);
-            fma_block<T, AHEAD>(m, x + row * ldx, ldx, panel, count, 16, K, acc, 16 * GROUP, false);
+            fma_block<T, FIRST_LEVEL>(m, x + row * ldx, ldx, panel, later, count, 16, K, acc, 16 * GROUP, false);
             for (int i = 0; i < m; ++i) {
                 for (int p = 0; p < count; ++p) {
                     const int64_t n = (first_panel + p) * 16;

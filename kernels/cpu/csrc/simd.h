@@ -145,27 +145,44 @@ inline F16 where_between(int first, int last, F16 a, F16 b) { STET_LANES(first <
 
 #endif
 
-// The sum of the lanes, in one order: neighbours at distance 8, then 4, 2, 1.
+// The sum and the largest of the lanes, of which none is NaN for the latter. One order: those at distance 8 first, then
+// at 4, 2 and 1.
+#if defined(STET_AVX512) || defined(STET_AVX2)
+#if defined(STET_AVX512)
+inline __m256 low_half(F16 x) { return _mm512_castps512_ps256(x.v); }
+inline __m256 high_half(F16 x) { return _mm512_extractf32x8_ps(x.v, 1); }
+#else
+inline __m256 low_half(F16 x) { return x.a; }
+inline __m256 high_half(F16 x) { return x.b; }
+#endif
+inline float sum(F16 x) {
+    __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest(F16 x) {
+    __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#else
 inline float sum(F16 a) {
-    float v[16];
-    store(v, a);
     for (int step = 8; step > 0; step /= 2) {
         for (int i = 0; i < step; ++i) {
-            v[i] = v[i] + v[i + step];
+            a.v[i] = a.v[i] + a.v[i + step];
         }
     }
-    return v[0];
+    return a.v[0];
 }
-
 inline float largest(F16 a) {
-    float v[16];
-    store(v, a);
-    float m = v[0];
     for (int i = 1; i < 16; ++i) {
-        m = v[i] > m ? v[i] : m;
+        a.v[0] = a.v[i] > a.v[0] ? a.v[i] : a.v[0];
     }
-    return m;
+    return a.v[0];
 }
+#endif
 
 // e^x in float32, within 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 for
 // e^r. 0 below -87, e^88 above 88. NaN stays NaN.

@@ -202,6 +202,14 @@ void stet_return_large_memory() {
 #endif
 }
 
+// Keep freed memory up to 64 MB for the next allocation: a step's logits then need not be handed out by the system again.
+void stet_keep_memory() {
+#if defined(__GLIBC__)
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 64 << 20);
+#endif
+}
+
 // kernels: "avx512", "avx2" or "generic"; null: the best that the processor has. Null if it has not, or without memory.
 void* stet_team(int32_t num_threads, const char* kernels) {
     const Kernels* found = kernels ? named_kernels(kernels) : best_kernels();
@@ -261,6 +269,17 @@ void stet_pack_dot(const int8_t* w, int64_t N, int64_t K, int64_t g, int8_t* pac
             }
         }
     }
+}
+
+// Have the system hand out these pages now, as if they had been written to. Not where the system is too old for that.
+void stet_populate(void* start, int64_t num_bytes) {
+#if defined(__linux__)
+    constexpr int POPULATE_WRITE = 23;  // since Linux 5.14; older headers do not name it
+    const uintptr_t page = 4096, first = (uintptr_t)start / page * page;
+    madvise((void*)first, (uintptr_t)start + num_bytes - first, POPULATE_WRITE);
+#else
+    (void)start, (void)num_bytes;
+#endif
 }
 
 // Ask for large pages: the tables that turn addresses into places in memory are then small enough to stay in the core.

@@ -18,16 +18,20 @@ constexpr int MAX_ROWS = 6;
 constexpr int panels_at_once(int rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
 #endif
 
-// Weights are asked for so many bytes before they are needed. Left to itself the processor fetches while it multiplies
-// single rows, but not while it multiplies several: then a step would take the sum of both times, not the larger one.
+// What will be multiplied later is asked for line by line while this is multiplied: left to itself the processor fetches
+// while it multiplies single rows, but not while it multiplies several; then a step would take the sum of both times, not
+// the larger one. Where a weight's panels follow each other, what comes later is so many bytes on, and is fetched to the
+// first level of the caches: the processor then sees a stream, and runs ahead of it. Blocks of a KV cache lie scattered;
+// they go to the second level, which has room for more lines on their way.
 constexpr int64_t AHEAD = 2048;
+constexpr int FIRST_LEVEL = 1, SECOND_LEVEL = 2;
 
-// Ahead: that, or 0 where the panels of one weight do not follow each other.
 // x [M][ldx] floats; w[p] points to panel p: 16 lanes at k, then stride elements on, 16 lanes at k + 1, and so on.
+// later[p] is fetched to the given level, in the same pattern as w[p] is read.
 // acc [M][lda] floats, panel p at acc + 16 p: read if `resume`, else 0; then written.
-template <class T, int M, int P, int64_t Ahead>
-inline void fma_tile(const float* x, int64_t ldx, const T* const* w, int64_t stride, int64_t K, float* acc, int64_t lda,
-                     bool resume) {
+template <class T, int Level, int M, int P>
+inline void fma_tile(const float* x, int64_t ldx, const T* const* w, const T* const* later, int64_t stride, int64_t K,
+                     float* acc, int64_t lda, bool resume) {
     F16 sum[M][P];
     STET_UNROLL for (int m = 0; m < M; ++m) {
         STET_UNROLL for (int p = 0; p < P; ++p) {
@@ -35,13 +39,15 @@ inline void fma_tile(const float* x, int64_t ldx, const T* const* w, int64_t str
         }
     }
     const T* wp[P];
+    int64_t ahead[P];
     STET_UNROLL for (int p = 0; p < P; ++p) {
         wp[p] = w[p];
+        ahead[p] = (const char*)later[p] - (const char*)w[p];
     }
     for (int64_t k = 0; k < K; ++k) {
         F16 lanes[P];
         STET_UNROLL for (int p = 0; p < P; ++p) {
-            if (Ahead) __builtin_prefetch((const char*)wp[p] + Ahead);
+            __builtin_prefetch((const char*)wp[p] + ahead[p], 0, Level == 1 ? 3 : 2);
             lanes[p] = load(wp[p]);
             wp[p] += stride;
         }
@@ -60,33 +66,33 @@ inline void fma_tile(const float* x, int64_t ldx, const T* const* w, int64_t str
 }
 
 // fma_tile for M rows and any number of panels.
-template <class T, int M, int64_t Ahead>
-inline void fma_rows(const float* x, int64_t ldx, const T* const* w, int num_panels, int64_t stride, int64_t K,
-                     float* acc, int64_t lda, bool resume) {
+template <class T, int Level, int M>
+inline void fma_rows(const float* x, int64_t ldx, const T* const* w, const T* const* later, int num_panels,
+                     int64_t stride, int64_t K, float* acc, int64_t lda, bool resume) {
     constexpr int P = panels_at_once(M);
     int p = 0;
     for (; p + P <= num_panels; p += P) {
-        fma_tile<T, M, P, Ahead>(x, ldx, w + p, stride, K, acc + 16 * p, lda, resume);
+        fma_tile<T, Level, M, P>(x, ldx, w + p, later + p, stride, K, acc + 16 * p, lda, resume);
     }
     for (; p < num_panels; ++p) {
-        fma_tile<T, M, 1, Ahead>(x, ldx, w + p, stride, K, acc + 16 * p, lda, resume);
+        fma_tile<T, Level, M, 1>(x, ldx, w + p, later + p, stride, K, acc + 16 * p, lda, resume);
     }
 }
 
 // fma_tile for `rows` (1 to MAX_ROWS) rows and any number of panels.
-template <class T, int64_t Ahead>
-inline void fma_block(int rows, const float* x, int64_t ldx, const T* const* w, int num_panels, int64_t stride,
-                      int64_t K, float* acc, int64_t lda, bool resume) {
+template <class T, int Level>
+inline void fma_block(int rows, const float* x, int64_t ldx, const T* const* w, const T* const* later, int num_panels,
+                      int64_t stride, int64_t K, float* acc, int64_t lda, bool resume) {
     switch (rows) {
-        case 1: return fma_rows<T, 1, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 2: return fma_rows<T, 2, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 3: return fma_rows<T, 3, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 4: return fma_rows<T, 4, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 5: return fma_rows<T, 5, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 6: return fma_rows<T, 6, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 1: return fma_rows<T, Level, 1>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
+        case 2: return fma_rows<T, Level, 2>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
+        case 3: return fma_rows<T, Level, 3>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
+        case 4: return fma_rows<T, Level, 4>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
+        case 5: return fma_rows<T, Level, 5>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
+        case 6: return fma_rows<T, Level, 6>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
 #if defined(STET_AVX512)
-        case 7: return fma_rows<T, 7, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
-        case 8: return fma_rows<T, 8, Ahead>(x, ldx, w, num_panels, stride, K, acc, lda, resume);
+        case 7: return fma_rows<T, Level, 7>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
+        case 8: return fma_rows<T, Level, 8>(x, ldx, w, later, num_panels, stride, K, acc, lda, resume);
 #endif
     }
 }
