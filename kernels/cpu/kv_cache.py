@@ -67,8 +67,8 @@ def populate(caches: Sequence[CpuKVCache]) -> None:
     """Have the system hand out the memory of all these caches, the first blocks of each first.
 
     A large page that is written to for the first time takes the system up to some milliseconds (in a virtual machine
-    whose host must find it first), and all layers come to their next page in the same step. Called on a thread of its own
-    it goes last in the queue for a core: steps go before.
+    whose host must find it first), and all layers come to their next page in the same step. To be called on a thread of
+    its own, which becomes the last in the queue for a core: steps go before.
     """
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -100,8 +100,8 @@ def library() -> ctypes.CDLL:
     loaded.stet_pack.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
     loaded.stet_pack_dot.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
     loaded.stet_large_pages.argtypes = loaded.stet_populate.argtypes = (c_void_p, c_int64)
-    for name in ("stet_free", "stet_run", "stet_pack", "stet_pack_dot", "stet_large_pages", "stet_populate", "stet_keep_memory"):
-        getattr(loaded, name).restype = None
+    for name in ("free", "run", "pack", "pack_dot", "large_pages", "populate", "keep_memory", "return_large_memory"):
+        getattr(loaded, f"stet_{name}").restype = None
     loaded.stet_return_large_memory()
     return loaded
 

@@ -35,8 +35,8 @@ inline void add_values(int count, const int* from, const int* to, const float* p
             panel[i] = values + first * D + 16 * i;
             later_panel[i] = later + first * D + 16 * i;
         }
-        fma_block<T, SECOND_LEVEL>(rows, p + row * KEYS + first, KEYS, panel, later_panel, panels, D, last - first, acc + row * lda,
-                     lda, true);
+        fma_block<T, SECOND_LEVEL>(rows, p + row * KEYS + first, KEYS, panel, later_panel, panels, D, last - first,
+                                   acc + row * lda, lda, true);
     };
     int first = 0, last = 16;
     for (int i = 0; i < count; ++i) {
@@ -57,8 +57,8 @@ inline void fetch(const T* first, int64_t count) {
     for (const char* p = (const char*)first; p < (const char*)(first + count); p += 64) __builtin_prefetch(p, 0, 2);
 }
 
-// Some tokens of one sequence and the query heads of one KV head; without tokens: there is none left. The first token stands
-// at `position`; the first row sees the keys from `oldest` on, the last one those before `end`.
+// Some tokens of one sequence and the query heads of one KV head; without tokens: there is none left. The first token
+// stands at `position`; the first row sees the keys from `oldest` on, the last one those before `end`.
 struct Part {
     int64_t sequence, head, first, tokens, position, oldest, end;
 };
@@ -150,8 +150,8 @@ void attention_of(const Command& c, const Step* step, Work& work) {
             }
             for (int64_t r = 0; r < rows;) {
                 const int count = next_block(rows - r, MAX_ROWS);
-                fma_block<T, SECOND_LEVEL>(count, q + r * D, D, key_panels, r == 0 ? later_keys : key_panels, num_panels, 16, D,
-                             p + r * KEYS, KEYS, false);
+                fma_block<T, SECOND_LEVEL>(count, q + r * D, D, key_panels, r == 0 ? later_keys : key_panels, num_panels,
+                                           16, D, p + r * KEYS, KEYS, false);
                 r += count;
             }
             // Visible keys of each row within this block: [low, high).
@@ -179,7 +179,9 @@ void attention_of(const Command& c, const Step* step, Work& work) {
                 for (int i = from / 16; 16 * i < to; ++i) {
                     F16 e = exp(load(s + 16 * i) - splat(next));
                     total = total + e;
-                    if (sizeof(T) == 1) e = where_between(from - 16 * i, to - 16 * i, e * load(cache.value_scales + slots[i]), e);
+                    if (sizeof(T) == 1) {
+                        e = where_between(from - 16 * i, to - 16 * i, e * load(cache.value_scales + slots[i]), e);
+                    }
                     store(s + 16 * i, e);
                 }
                 if (m[r] != next) {

@@ -52,7 +52,8 @@ void write_kv(const Command& c, const Step* step, Work& work) {
         // rotated.
         const int64_t element = cache.type == FLOAT32 ? 4 : cache.type == INT8 ? 1 : 2;
         for (int64_t h = 0; h < kv_heads; ++h) {
-            const char* lines = (const char*)cache.keys + ((block * kv_heads + h) * size + offset / 16 * 16) * D * element;
+            const int64_t slot = (block * kv_heads + h) * size + offset / 16 * 16;
+            const char* lines = (const char*)cache.keys + slot * D * element;
             for (int64_t at = 0; at < 16 * D * element; at += 64) __builtin_prefetch(lines + at, 1);
         }
         auto prepare = [&](const float* x, const void* norm, float* y) {

@@ -47,7 +47,7 @@ inline void fma_tile(const float* x, int64_t ldx, const T* const* w, const T* co
     for (int64_t k = 0; k < K; ++k) {
         F16 lanes[P];
         STET_UNROLL for (int p = 0; p < P; ++p) {
-            __builtin_prefetch((const char*)wp[p] + ahead[p], 0, Level == 1 ? 3 : 2);
+            __builtin_prefetch((const char*)wp[p] + ahead[p], 0, Level == FIRST_LEVEL ? 3 : 2);
             lanes[p] = load(wp[p]);
             wp[p] += stride;
         }
