@@ -55,3 +55,41 @@ def check_attention(metadata: AttentionMetadata) -> int:
             raise ValueError(f"metadata.block_tables[{s}] holds a negative block id")
         largest = max(largest, max(used))
     return largest
+
+
+def check_residual(x: Tensor, residual: Tensor) -> None:
+    """Raise ValueError unless two tensors that are to be added have one shape."""
+    if x.shape != residual.shape:
+        raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+
+
+def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.layer_norm`."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if x.dim() != 2 or (tensor is not None and tensor.shape != x.shape[1:]):
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{name} must be [H] for x [T, H], got {shape} and {tuple(x.shape)}")
+
+
+def check_query_key(query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.norm_query_key`."""
+    for name, tensor, weight in (("query", query, query_weight), ("key", key, key_weight)):
+        if tensor.dim() != 2 or weight.shape != tensor.shape[1:] or len(tensor) != len(query):
+            raise ValueError(
+                f"{name}_weight must be [heads * D] for {name} [T, heads * D], got {tuple(weight.shape)} and "
+                f"{tuple(tensor.shape)}"
+            )
+
+
+def check_positions(x: Tensor, table: Tensor, longest: int) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.add_positions`. longest: of the sequences."""
+    if x.dim() != 2 or table.dim() != 2 or x.shape[1] != table.shape[1]:
+        raise ValueError(f"table must be [P, H] for x [T, H], got {tuple(table.shape)} and {tuple(x.shape)}")
+    if longest > len(table):
+        raise ValueError(f"table has {len(table)} positions; a sequence has {longest} tokens")
+
+
+def check_softcap(cap: float) -> None:
+    """Raise ValueError for a cap that is not above zero."""
+    if not cap > 0:
+        raise ValueError(f"cap is {cap}; it must be positive")

@@ -252,8 +252,18 @@ class Ops(Protocol):
         """Prepare what `write_kv` and `paged_attention` need in every layer of this step. Call once a step."""
         ...
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H], prepared with `embedding` -> its rows [T, H], dequantized."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H], prepared with `embedding` -> its rows [T, H], dequantized and times
+        `scale`, rounded once."""
+        ...
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: AttentionPlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions: learned positions (GPT-2). A sequence of more
+        than P tokens is refused."""
+        ...
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual. Its memory may be that of `residual`, as with `add_rms_norm`."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
@@ -267,6 +277,26 @@ class Ops(Protocol):
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is never quantized."""
+        ...
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, statistics in float32, the variance that
+        of all H elements (arXiv:1607.06450)."""
+        ...
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual); the sum is never quantized."""
+        ...
+
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D], possibly views of one packed projection -> each normalized by `rms_norm`
+        over all its heads together (OLMo 2), with weights [Hq * D] and [Hkv * D]."""
         ...
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
@@ -283,6 +313,15 @@ class Ops(Protocol):
     def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I]: GeGLU with the tanh form of gelu
         (arXiv:1606.08415), x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+        ...
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I] (arXiv:1606.08415): in its tanh form, as in `gelu_mul`, or exactly,
+        x / 2 * (1 + erf(x / sqrt(2)))."""
+        ...
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap) (Gemma 2). cap must be positive."""
         ...
 
     def write_kv(

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.checks import check_attention, check_weight
+from kernels.checks import (
+    check_attention,
+    check_layer_norm,
+    check_positions,
+    check_query_key,
+    check_residual,
+    check_softcap,
+    check_weight,
+)
 from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.ops import (
     Activations,
@@ -139,12 +147,22 @@ class ReferenceOps:
             slots.append(blocks * metadata.block_size + positions % metadata.block_size)
         return ReferencePlan(list(metadata.query_lens), slots, metadata.block_size, largest_block)
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H], times `scale`."""
         if not isinstance(weight, ReferenceLinear):
             raise ValueError("weight was not made by this backend's prepare_linear")
         rows = F.embedding(token_ids, weight.weight).to(self.dtype)
-        return rows if weight.scales is None else rows * weight.scales[token_ids, None]
+        return scale * (rows if weight.scales is None else rows * weight.scales[token_ids, None])
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: ReferencePlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions."""
+        check_positions(x, table, max(len(slots) for slots in plan.slots))
+        return x.to(self.dtype) + table.to(self.dtype)[_positions(plan)]
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual."""
+        check_residual(x, residual)
+        return x.to(self.dtype) + residual.to(self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
@@ -156,8 +174,31 @@ class ReferenceOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
-        total = x.to(self.dtype) + residual.to(self.dtype)
+        total = self.add(x, residual)
         return self.rms_norm(total, weight, eps, quantize), total
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (arXiv:1607.06450)."""
+        check_layer_norm(x, weight, bias)
+        own_bias = None if bias is None else bias.to(self.dtype)
+        normalized = F.layer_norm(x.to(self.dtype), weight.shape, weight.to(self.dtype), own_bias, eps)
+        return QuantizedActivations(*quantize_rows(normalized)) if quantize else normalized
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual)."""
+        total = self.add(x, residual)
+        return self.layer_norm(total, weight, bias, eps, quantize), total
+
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D] -> each normalized over all its heads together."""
+        check_query_key(query, key, query_weight, key_weight)
+        return self.rms_norm(query, query_weight, eps), self.rms_norm(key, key_weight, eps)
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N]. A product of int8 by int8 is exact until it is scaled."""
@@ -187,6 +228,16 @@ class ReferenceOps:
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
         product = F.gelu(gate, approximate="tanh") * up
         return QuantizedActivations(*quantize_rows(product)) if quantize else product
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I], in its tanh form or exactly (arXiv:1606.08415)."""
+        activated = F.gelu(x.to(self.dtype), approximate="tanh" if tanh else "none")
+        return QuantizedActivations(*quantize_rows(activated)) if quantize else activated
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap)."""
+        check_softcap(cap)
+        return cap * torch.tanh(logits.to(self.dtype) / cap)
 
     def write_kv(
         self,
@@ -218,7 +269,7 @@ class ReferenceOps:
             key = self.rms_norm(key, key_norm, eps)
 
         pairs = list(zip(plan.query_lens, plan.slots, strict=True))
-        positions = torch.cat([torch.arange(len(slots) - new, len(slots)) for new, slots in pairs])
+        positions = _positions(plan)
         new_slots = torch.cat([slots[len(slots) - new :] for new, slots in pairs])
         key = _rotate(key, rotary, positions)
         cache.write(new_slots, key, value.to(self.dtype))
@@ -282,6 +333,12 @@ def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:
     if plan.largest_block >= kv_cache.num_blocks:
         raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {kv_cache.num_blocks} blocks")
     return kv_cache
+
+
+def _positions(plan: ReferencePlan) -> Tensor:
+    """Of the step's tokens in their sequences, int64 [T]."""
+    pairs = zip(plan.query_lens, plan.slots, strict=True)
+    return torch.cat([torch.arange(len(slots) - new, len(slots)) for new, slots in pairs])
 
 
 def _rotate(x: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:

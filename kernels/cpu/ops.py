@@ -14,7 +14,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.checks import check_weight
+from kernels.checks import (
+    check_layer_norm,
+    check_positions,
+    check_query_key,
+    check_residual,
+    check_softcap,
+    check_weight,
+)
 from kernels.cpu import linear, native
 from kernels.cpu.kv_cache import CpuKVCache, allocate
 from kernels.cpu.linear import CpuLinear
@@ -122,16 +129,38 @@ class CpuOps:
                 self._recording = None
         return Program(self.team, recording, token_ids, result)
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> its rows float32 [T, H]."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows float32 [T, H], times `scale`."""
         own = _own_weight(weight)
         if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
             raise ValueError(f"token_ids must be int64 [T], got {token_ids.dtype} {tuple(token_ids.shape)}")
         ids = token_ids.contiguous()
         y = self._new("embedding", ids.shape[0], (own.in_features,))
         numbers = (own.out_features, own.in_features, y.stride(0))
-        self._do(native.EMBEDDING, ids.shape[0], (ids, own.packed, own.scales, y), numbers, own.type)
+        self._do(native.EMBEDDING, ids.shape[0], (ids, own.packed, own.scales, y), numbers, own.type, scale)
         return y
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: CpuPlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions."""
+        check_positions(x, table, plan.longest)
+        if len(x) != plan.num_tokens:
+            raise ValueError(f"x has {len(x)} rows; the plan has {plan.num_tokens} tokens")
+        x, table = _floats(x), _floats(table).contiguous()
+        if self._recording is not None:
+            self._recording.bound(max_positions=len(table))
+        y = self._new("positioned", len(x), (x.shape[1],))
+        self._do(native.ADD_POSITIONS, len(x), (x, table, y), (x.shape[1], x.stride(0), y.stride(0)), plan=plan)
+        return y
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual."""
+        check_residual(x, residual)
+        x, residual = _floats(x), _floats(residual)
+        rows, width = x.shape
+        total = self._new("total", rows, (width,))  # may be the residual's, as in `_norm`
+        numbers = (width, x.stride(0), residual.stride(0), total.stride(0))
+        self._do(native.ADD, rows, (x, residual, total), numbers)
+        return total
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
@@ -141,12 +170,58 @@ class CpuOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
-        if x.shape != residual.shape:
-            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+        check_residual(x, residual)
         return self._norm(x, residual, weight, eps, quantize)
 
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D] -> each normalized over all its heads together."""
+        check_query_key(query, key, query_weight, key_weight)
+        # Of the same width they would share a buffer if its name were the same.
+        normed_query, _ = self._norm(query, None, query_weight, eps, False, "query norm")
+        normed_key, _ = self._norm(key, None, key_weight, eps, False, "key norm")
+        return normed_query, normed_key
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (arXiv:1607.06450)."""
+        return self._layer_norm("layer norm", x, None, weight, bias, eps, quantize)[0]
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual)."""
+        check_residual(x, residual)
+        return self._layer_norm("add layer norm", x, residual, weight, bias, eps, quantize)
+
+    def _layer_norm(
+        self,
+        name: str,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        quantize: bool,
+    ) -> tuple[Activations, Tensor]:
+        check_layer_norm(x, weight, bias)
+        rows, width = x.shape
+        _check_width(width)
+        x, weight, bias = _floats(x), _floats(weight), None if bias is None else _floats(bias)
+        total, other_stride = x, 0
+        if residual is not None:
+            residual = _floats(residual)
+            other_stride = residual.stride(0)
+            total = self._new("total", rows, (width,))  # may be the residual's, as in `_norm`
+        y, values, scales = self._result(name, rows, width, quantize)
+        numbers = (width, x.stride(0), other_stride, total.stride(0), values.stride(0))
+        self._do(native.LAYER_NORM, rows, (x, residual, weight, bias, total, values, scales), numbers, f=eps)
+        return y, total
+
     def _norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quantize: bool
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quantize: bool, name: str = "norm"
     ) -> tuple[Activations, Tensor]:
         if x.dim() != 2 or weight.shape != x.shape[1:]:
             raise ValueError(f"weight must be [H] for x [T, H], got {tuple(weight.shape)} and {tuple(x.shape)}")
@@ -159,7 +234,7 @@ class CpuOps:
             other_stride = residual.stride(0)
             # May be the buffer that `residual` is in: each element is read before it is written.
             total = self._new("total", rows, (width,))
-        y, values, scales = self._result("norm", rows, width, quantize)
+        y, values, scales = self._result(name, rows, width, quantize)
         numbers = (width, x.stride(0), other_stride, total.stride(0), values.stride(0))
         self._do(native.NORM, rows, (x, residual, weight, total, values, scales), numbers, f=eps)
         return y, total
@@ -208,6 +283,25 @@ class CpuOps:
         gate_up = _floats(gate_up)
         y, values, scales = self._result("gated", rows, width, quantize)
         self._do(native.GATED, rows, (gate_up, values, scales), (width, gate_up.stride(0), values.stride(0)), kind)
+        return y
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I], in its tanh form or exactly (arXiv:1606.08415)."""
+        rows, width = x.shape
+        _check_width(width)
+        x = _floats(x)
+        y, values, scales = self._result("gelu", rows, width, quantize)
+        numbers = (width, x.stride(0), values.stride(0))
+        self._do(native.UNGATED, rows, (x, values, scales), numbers, 0 if tanh else 1)
+        return y
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap)."""
+        check_softcap(cap)
+        rows, width = logits.shape
+        x = _floats(logits)
+        y = self._new("softcap", rows, (width,))
+        self._do(native.SOFTCAP, rows, (x, y), (width, x.stride(0), y.stride(0)), f=cap)
         return y
 
     def write_kv(

@@ -10,7 +10,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.checks import check_weight
+from kernels.checks import (
+    check_layer_norm,
+    check_positions,
+    check_query_key,
+    check_residual,
+    check_softcap,
+    check_weight,
+)
 from kernels.int8 import quantize_rows
 from kernels.ops import (
     Activations,
@@ -119,12 +126,22 @@ class PortableOps:
         """Positions, slots and tiles of this step. Raises ValueError that names the field of metadata."""
         return make_plan(metadata)
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
-        rows = weight.token_rows(token_ids) if isinstance(weight, PortableLinear) else None
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H], times `scale`."""
+        rows = weight.token_rows(token_ids, scale) if isinstance(weight, PortableLinear) else None
         if rows is None:
             raise ValueError("weight was not made by this backend's prepare_linear with `embedding`")
         return rows
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: PortablePlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions."""
+        check_positions(x, table, plan.longest)
+        return x + table.index_select(0, torch.from_numpy(plan.positions))
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual."""
+        check_residual(x, residual)
+        return x + residual
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
@@ -137,10 +154,33 @@ class PortableOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is rounded before the norm."""
-        if x.shape != residual.shape:
-            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
-        total = x + residual
+        total = self.add(x, residual)
         return self.rms_norm(total, weight, eps, quantize), total
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias in float32, rounded once
+        (arXiv:1607.06450)."""
+        check_layer_norm(x, weight, bias)
+        normalized = elementwise.layer_normalize(x, eps, self._workspace).mul_(weight)
+        if bias is not None:
+            normalized.add_(bias)
+        return _activations(normalized.to(self.dtype, copy=True), quantize)
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual); the sum is rounded before the norm."""
+        total = self.add(x, residual)
+        return self.layer_norm(total, weight, bias, eps, quantize), total
+
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D] -> each normalized over all its heads together."""
+        check_query_key(query, key, query_weight, key_weight)
+        return self.rms_norm(query, query_weight, eps), self.rms_norm(key, key_weight, eps)
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32; in w8a8 from exact integers."""
@@ -166,6 +206,15 @@ class PortableOps:
         """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
         _check_gate_up(gate_up)
         return _activations(elementwise.gelu_mul(gate_up, self._workspace), quantize)
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I], in its tanh form or exactly (arXiv:1606.08415)."""
+        return _activations(elementwise.gelu(x, tanh, self._workspace), quantize)
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap)."""
+        check_softcap(cap)
+        return elementwise.softcap(logits, cap, self._workspace)
 
     def write_kv(
         self,

@@ -66,21 +66,21 @@ class LinearShape:
 
 
 def linear_shapes(config: ModelConfig) -> list[LinearShape]:
-    """Every weight of a Llama that is multiplied or looked up, stacked as models/layers.py stacks them."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_layers
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    """Every weight of a model that is multiplied or looked up, stacked as models/layers.py stacks them."""
+    hidden, inner, layers, names = config.hidden_size, config.intermediate_size, config.num_layers, config.names
+    q, kv, up = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, 1 + config.gated
     shapes = {
-        "self_attn.q_proj": LinearShape("qkv", q + 2 * kv, hidden, config.attention_bias, layers, "layer"),
-        "self_attn.o_proj": LinearShape("output", hidden, q, config.attention_output_bias, layers, "layer"),
-        "mlp.gate_proj": LinearShape("gate_up", 2 * inner, hidden, config.mlp_bias, layers, "layer"),
-        "mlp.down_proj": LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
+        names.qkv[0]: LinearShape("qkv", q + 2 * kv, hidden, config.attention_bias, layers, "layer"),
+        names.output: LinearShape("output", hidden, q, config.attention_output_bias, layers, "layer"),
+        names.gate_up[0]: LinearShape("gate_up", up * inner, hidden, config.mlp_bias, layers, "layer"),
+        names.down: LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
     }
     table = LinearShape("table", config.vocab_size, hidden, False, 1, "table", embedding=True)
     if config.tie_word_embeddings:
-        shapes["model.embed_tokens"] = replace(table, name="head", role="head")
+        shapes[names.table] = replace(table, name="head", role="head")
     else:
-        shapes["model.embed_tokens"] = table
-        shapes["lm_head"] = LinearShape("head", config.vocab_size, hidden, False, 1, "head")
+        shapes[names.table] = table
+        shapes[names.head] = LinearShape("head", config.vocab_size, hidden, False, 1, "head")
     return [part for module, shape in shapes.items() for part in _split_kept(config, module, shape)]
 
 
@@ -89,7 +89,8 @@ def _split_kept(config: ModelConfig, module: str, shape: LinearShape) -> list[Li
     stored = config.quantization
     if stored is None:
         return [shape]
-    names = [f"model.layers.{layer}.{module}" for layer in range(shape.count)] if shape.role == "layer" else [module]
+    prefix = config.names.layer
+    names = [prefix.format(layer) + module for layer in range(shape.count)] if shape.role == "layer" else [module]
     kept = sum(not stored.covers(name) for name in names)
     parts = [replace(shape, count=shape.count - kept), replace(shape, count=kept, kept=True)]
     return [part for part in parts if part.count]
@@ -116,7 +117,8 @@ def linear_bytes(shape: LinearShape, mode: str, backend: Backend, stored_dtype: 
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """Bytes of a model in memory by part. linears: token table and head included; rotary: cosines and sines."""
+    """Bytes of a model in memory by part. linears: token table and head included; rotary: cosines and sines, and
+    learned positions."""
 
     linears: int
     norms: int
@@ -131,12 +133,13 @@ class WeightBytes:
 def weight_bytes(config: ModelConfig, mode: str, backend: Backend) -> WeightBytes:
     """The weights of a model in a quantization mode."""
     linears = sum(linear_bytes(shape, mode, backend, config.dtype) for shape in linear_shapes(config))
-    norm_values = (2 * config.num_layers + 1) * config.hidden_size
-    norm_values += 2 * config.num_layers * config.head_dim * config.qk_norm
-    # float32 cos and sin of every position; a second pair, which does not rotate, for layers without positions.
-    tables = len(set(config.rotary_layers))
-    rotary = tables * 2 * config.max_position_embeddings * (config.head_dim // 2) * 4
-    return WeightBytes(linears, norm_values * ITEMSIZE[backend.activation_dtype], rotary)
+    itemsize = ITEMSIZE[backend.activation_dtype]
+    norms = config.norm_values * (4 if config.norm_offset else itemsize)
+    # float32 cos and sin of every position, once for each kind of layer; position vectors beside them.
+    rotary = config.rotary_tables * 2 * config.max_position_embeddings * (config.rotary_dim // 2) * 4
+    if config.learned_positions:
+        rotary += config.max_position_embeddings * config.hidden_size * itemsize
+    return WeightBytes(linears, norms, rotary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
 from models.errors import ModelError
+from models.rope import RopeScaling
 
 # The fields of the published files, in full where they bear on the computation.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -267,7 +268,7 @@ def test_published(name: str) -> None:
         factor,
         config.layer_window(0),
         config.attention_bias,
-        config.qk_norm,
+        bool(config.qk_norm),
         config.dtype,
         config.eos_token_ids,
     )
@@ -279,7 +280,7 @@ def test_published(name: str) -> None:
     assert config.num_kv_heads == file["num_key_value_heads"]
     assert config.intermediate_size == file["intermediate_size"]
     assert config.max_position_embeddings == file["max_position_embeddings"]
-    assert config.rms_norm_eps == file["rms_norm_eps"]
+    assert config.norm_eps == file["rms_norm_eps"]
     assert config.bos_token_id == file["bos_token_id"]
     assert config.tie_word_embeddings == file["tie_word_embeddings"]
     assert not config.attention_output_bias

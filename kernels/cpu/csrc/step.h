@@ -55,7 +55,12 @@ enum Op : int32_t {
     ATTENTION = 5,
     QUANTIZE = 6,
     SAMPLE = 7,
-    NUM_OPS = 8,
+    LAYER_NORM = 8,
+    UNGATED = 9,
+    ADD = 10,
+    ADD_POSITIONS = 11,
+    SOFTCAP = 12,
+    NUM_OPS = 13,
 };
 
 // One layer's K and V for `num_blocks` blocks.
