@@ -127,7 +127,10 @@ class ModelConfig:
             raise ModelError(f"num_hidden_layers is {num_layers}; at most {_MAX_LAYERS} are supported")
         num_heads = fields.size("num_attention_heads")
         hidden_size = fields.size("hidden_size")
-        num_kv_heads = fields.size("num_key_value_heads", num_heads if family.kv_heads_optional else None, num_heads)
+        num_kv_heads = num_heads
+        if family.grouped:
+            unsaid = num_heads if family.kv_heads_optional else None
+            num_kv_heads = fields.size("num_key_value_heads", unsaid, num_heads)
         if num_heads % num_kv_heads:
             raise ModelError(
                 f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})"

@@ -57,6 +57,7 @@ class Family:
     tied           whether the head is the table of token vectors where config.json is silent
     rope_theta, partial_rotary   where it is silent; partial_rotary None: all of a head is rotated, whatever it says
     learned_positions   instead of rotation (GPT-2)
+    kv_heads_optional   as many as query heads where it is silent;  grouped: false: always so
     longrope       whether that way of stretching frequencies is taken
     reads          fields that others refuse and that are read here
     aliases        its own names of common fields
@@ -84,6 +85,7 @@ class Family:
     longrope: bool = False
     head_dim: int | None = None
     kv_heads_optional: bool = False
+    grouped: bool = True
     reads: frozenset[str] = frozenset()
     aliases: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,7 +113,7 @@ _GPT2 = Family(
     gated=False,
     tied=True,
     learned_positions=True,
-    kv_heads_optional=True,
+    grouped=False,
     aliases={
         "hidden_size": "n_embd",
         "num_hidden_layers": "n_layer",
@@ -142,7 +144,7 @@ _GPT_NEOX = Family(
     activation_unsaid="gelu",
     gated=False,
     partial_rotary=0.25,
-    kv_heads_optional=True,
+    grouped=False,
     aliases={"partial_rotary_factor": "rotary_pct", "rope_theta": "rotary_emb_base"},
 )
 

@@ -366,9 +366,9 @@ def test_model_type_stands_in_for_architectures() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        ({"architectures": ["BloomForCausalLM"]}, ["BloomForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
         ({"architectures": ..., "model_type": ...}, ["architectures is missing"]),
-        ({"architectures": ..., "model_type": "gpt2"}, ["gpt2", "LlamaForCausalLM"]),
+        ({"architectures": ..., "model_type": "bloom"}, ["bloom", "LlamaForCausalLM"]),
         ({"hidden_size": ...}, ["hidden_size is missing"]),
         ({"hidden_size": -4096}, ["hidden_size is -4096", "positive integer"]),
         ({"hidden_size": 4096.0}, ["hidden_size is 4096.0", "positive integer"]),

@@ -42,6 +42,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+# Families whose token vectors outweigh what two random layers add: such a model repeats a few tokens.
+SMALL_TABLES = ("GPT2", "Gemma2", "Gemma3Text", "Olmo2", "Granite")
+SEEDS = {"gpt2-4x4x16": 14}
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 # family, heads, KV heads, head size, what else is set
@@ -149,7 +153,7 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
         },
     ),
     "olmo2-4x4x16": ("Olmo2", 4, 4, 16, {}),
-    "olmo2-6x2x32": ("Olmo2", 6, 2, 32, {"attention_bias": True}),
+    "olmo2-8x2x16": ("Olmo2", 8, 2, 16, {}),
     "granite-4x2x32-tied": (
         "Granite",
         4,
@@ -161,7 +165,7 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
             "attention_multiplier": 0.21,
             "embedding_multiplier": 3.0,
             "residual_multiplier": 0.22,
-            "logits_scaling": 4.0,
+            "logits_scaling": 0.5,
         },
     ),
     "stablelm-4x2x32-biases": ("StableLm", 4, 2, 32, {"use_qkv_bias": True}),
@@ -244,7 +248,7 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         del sizes["num_key_value_heads"]
     if family == "GPT2":
         del sizes["intermediate_size"]
-    torch.manual_seed(11)
+    torch.manual_seed(SEEDS.get(request.param, 11))
     config = getattr(transformers, f"{family}Config")(**(sizes | extra))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -253,6 +257,8 @@ def oracle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for parameter in model.parameters():  # large enough that attention is peaked and every weight matters
             scale = 0.3 if parameter.dim() == 1 else 1.5 / parameter.shape[1] ** 0.5
             parameter.add_(torch.randn_like(parameter) * scale)
+        if family in SMALL_TABLES:
+            model.get_input_embeddings().weight.mul_(0.2)
     folder = tmp_path_factory.mktemp("checkpoint")
     model.save_pretrained(folder)
     return consult(model, folder, some_prompts(307))
