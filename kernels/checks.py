@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -89,7 +89,42 @@ def check_positions(x: Tensor, table: Tensor, longest: int) -> None:
         raise ValueError(f"table has {len(table)} positions; a sequence has {longest} tokens")
 
 
+def check_experts(weight: Tensor | QuantizedWeight, num_experts: int) -> int:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.prepare_experts`; return N."""
+    shape = tuple(weight.shape)
+    if num_experts < 1 or len(shape) != 2 or shape[0] % (16 * num_experts):
+        raise ValueError(
+            f"weight must be [E * N, K] for {num_experts} experts, N a multiple of 16; got {shape}: experts of other "
+            "sizes are not supported"
+        )
+    return shape[0] // num_experts
+
+
+def check_mixture(x: Tensor, router: Any, gate_up: Any, down: Any, top_k: int) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.experts`. The weights: with out_features N
+    (of one expert) and in_features K."""
+    if x.dim() != 2 or x.shape[1] != router.in_features or router.mode != "none":
+        raise ValueError(f"router must be an unquantized [E, H] for x [T, H], got x {tuple(x.shape)}")
+    experts = router.out_features
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k is {top_k}; there are {experts} experts")
+    hidden = x.shape[1]
+    for name, weight, shape in (
+        ("gate_up", gate_up, (2 * down.in_features, hidden)),
+        ("down", down, (hidden, down.in_features)),
+    ):
+        if (weight.num_experts, weight.out_features, weight.in_features) != (experts, *shape):
+            raise ValueError(f"{name} must hold {experts} weights {list(shape)} for this x and router")
+
+
 def check_softcap(cap: float) -> None:
     """Raise ValueError for a cap that is not above zero."""
     if not cap > 0:
         raise ValueError(f"cap is {cap}; it must be positive")
+
+
+def rows_of(weight: Tensor | QuantizedWeight, rows: slice) -> Tensor | QuantizedWeight:
+    """Some rows of a weight [N, K], as a view."""
+    if isinstance(weight, QuantizedWeight):
+        return QuantizedWeight(weight.values[rows], weight.scales[rows])
+    return weight[rows]

@@ -83,6 +83,20 @@ class LinearWeight(Protocol):
         ...
 
 
+class ExpertWeight(Protocol):
+    """The weights of E experts, each of shape [N, K], in the layout and precision of the backend that prepared them."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take as prepared, scales and padding included."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """A weight that is int8 already: it is about values * scales[:, None].
@@ -303,6 +317,31 @@ class Ops(Protocol):
         """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32 or wider.
 
         A w8a8 weight quantizes an x that is not quantized yet; every other weight refuses one that is.
+        """
+        ...
+
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> ExpertWeight:
+        """Take the weights of E experts, one after the other along the rows, [E * N, K]; as `prepare_linear` otherwise.
+        N must be a multiple of 16."""
+        ...
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """A mixture of experts with gated linear units (arXiv:2401.04088): x [T, H] -> [T, H].
+
+        router: an unquantized weight [E, H]; gate_up: [2 * I, H] for each expert, gate first; down: [H, I]. Each token
+        goes through the `top_k` experts of the largest logits x @ router^T, in float32, the lower index first on a tie.
+        They weigh what a softmax over all logits gives them or, with `normalize`, over theirs. The result is the sum of
+        weight * down(silu(gate(x)) * up(x)) from the first expert to the last, in float32, rounded once.
         """
         ...
 

@@ -16,18 +16,22 @@ from torch.nn import functional as F
 
 from kernels.checks import (
     check_attention,
+    check_experts,
     check_layer_norm,
+    check_mixture,
     check_positions,
     check_query_key,
     check_residual,
     check_softcap,
     check_weight,
+    rows_of,
 )
 from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -65,6 +69,33 @@ class ReferenceLinear:
     def nbytes(self) -> int:
         """Bytes of weight, scales and bias."""
         return sum(tensor.nbytes for tensor in (self.weight, self.scales, self.bias) if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceExperts:
+    """A weight [N, K] for each expert."""
+
+    each: list[ReferenceLinear]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.each)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.each[0].out_features
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.each[0].in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return sum(weight.nbytes for weight in self.each)
 
 
 @dataclass(slots=True)
@@ -216,6 +247,42 @@ class ReferenceOps:
             product = F.linear(quantized.values.to(torch.float64), weight.weight.to(torch.float64))
             y = product.to(self.dtype) * quantized.scales[:, None] * weight.scales
         return y if weight.bias is None else y + weight.bias
+
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> ReferenceExperts:
+        """A `prepare_linear` for each."""
+        size = check_experts(weight, num_experts)
+        each = [
+            self.prepare_linear(rows_of(weight, slice(e * size, e * size + size)), None, mode)
+            for e in range(num_experts)
+        ]
+        return ReferenceExperts([w for w in each if isinstance(w, ReferenceLinear)])
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H]: one token after the other through its experts."""
+        if not isinstance(gate_up, ReferenceExperts) or not isinstance(down, ReferenceExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        logits = self.linear(x, router)
+        outputs = []
+        for row, scores in zip(x, logits, strict=True):
+            chosen = scores.sort(descending=True, stable=True).indices[:top_k]
+            weights = scores[chosen].softmax(-1) if normalize else scores.softmax(-1)[chosen]
+            total = torch.zeros_like(row, dtype=self.dtype)
+            for expert, weight in zip(chosen.tolist(), weights, strict=True):
+                inner = self.silu_mul(self.linear(row[None], gate_up.each[expert]))
+                total = total + weight * self.linear(inner, down.each[expert])[0]
+            outputs.append(total)
+        return torch.stack(outputs)
 
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""

@@ -191,6 +191,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "LlamaForCausalLM": Family(kv_heads_optional=True, reads_attention_bias=True, reads_mlp_bias=True),
     "MistralForCausalLM": Family(),
+    "MixtralForCausalLM": Family(
+        names=Names(
+            router="block_sparse_moe.gate",
+            expert="block_sparse_moe.experts.{}.",
+            gate_up=("w1", "w3"),
+            down="w2",
+        ),
+        rope_theta=1000000.0,
+        kv_heads_optional=True,
+        reads=frozenset(("num_local_experts", "num_experts")),
+    ),
     "Olmo2ForCausalLM": Family(
         names=Names(attention_norm="", mlp_norm=""),
         reads_attention_bias=True,
@@ -206,6 +217,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "Qwen2ForCausalLM": Family(qkv_bias=True),
     "Qwen3ForCausalLM": Family(qk_norm="head", head_dim=128, reads_attention_bias=True),
+    "Qwen3MoeForCausalLM": Family(
+        names=Names(gate_up=("gate_proj", "up_proj"), down="down_proj"),
+        qk_norm="head",
+        reads_attention_bias=True,
+        reads=frozenset(("num_local_experts", "num_experts")),
+    ),
     "SmolLM3ForCausalLM": Family(tied=True, rope_theta=2000000.0, reads_attention_bias=True, reads_mlp_bias=True),
     "StableLmForCausalLM": Family(
         norm="layer",
@@ -225,10 +242,12 @@ MODEL_TYPES = {
     "granite": "GraniteForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "stablelm": "StableLmForCausalLM",
 }

@@ -26,10 +26,12 @@ ARCHITECTURES: dict[str, str] = {
     "GraniteForCausalLM": "models.llama:Llama",
     "LlamaForCausalLM": "models.llama:Llama",
     "MistralForCausalLM": "models.llama:Llama",
+    "MixtralForCausalLM": "models.mixtral:Mixtral",
     "Olmo2ForCausalLM": "models.olmo2:Olmo2",
     "Phi3ForCausalLM": "models.llama:Llama",
     "Qwen2ForCausalLM": "models.llama:Llama",
     "Qwen3ForCausalLM": "models.llama:Llama",
+    "Qwen3MoeForCausalLM": "models.mixtral:Mixtral",
     "SmolLM3ForCausalLM": "models.llama:Llama",
     "StableLmForCausalLM": "models.gpt_neox:StableLM",
 }

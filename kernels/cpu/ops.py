@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.checks import (
+    check_experts,
     check_layer_norm,
+    check_mixture,
     check_positions,
     check_query_key,
     check_residual,
@@ -23,6 +25,7 @@ from kernels.checks import (
     check_weight,
 )
 from kernels.cpu import linear, native
+from kernels.cpu.experts import CpuExperts
 from kernels.cpu.kv_cache import CpuKVCache, allocate
 from kernels.cpu.linear import CpuLinear
 from kernels.cpu.native import SCRATCH_FLOATS, Team
@@ -33,6 +36,7 @@ from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -267,6 +271,66 @@ class CpuOps:
         self._do(native.LINEAR, rows.shape[0], (rows, scales, own.packed, own.scales, own.bias, y), numbers, own.type)
         return y
 
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> CpuExperts:
+        """Pack the weights, one expert's panels after the other's."""
+        check_experts(weight, num_experts)
+        return CpuExperts(num_experts, _own_weight(self.prepare_linear(weight, None, mode)))
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H]: the rows of each expert together, at places that are found when they are computed."""
+        if not isinstance(gate_up, CpuExperts) or not isinstance(down, CpuExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        tokens, hidden = x.shape
+        count, inner = gate_up.num_experts, down.in_features
+        _check_width(8 * max(hidden, inner, count))  # as many rows of a tile are gathered
+        x = _floats(x)
+        logits = self.linear(x, router)
+        chosen = self._new("chosen experts", tokens, (top_k,), torch.int32)
+        weights = self._new("expert weights", tokens, (top_k,))
+        numbers = (count, top_k, logits.stride(0))
+        self._do(native.ROUTE, tokens, (logits, chosen, weights), numbers, int(normalize))
+        offsets = torch.empty(count + 1, dtype=torch.int32)
+        pairs = self._new("expert pairs", tokens, (top_k,), torch.int32)
+        self._do(native.GROUP, tokens, (chosen, offsets, pairs), (count, top_k))
+
+        both = self._new("expert gate and up", tokens, (top_k, 2 * inner))
+        first: Activations = self.quantize(x) if gate_up.stacked.mode == "w8a8" else x
+        self._expert_linear(first, gate_up, both, offsets, pairs, top_k)
+        quantized = down.stacked.mode == "w8a8"
+        width = self._padded(inner) if quantized else inner
+        gated = self._new("expert gated", tokens, (top_k, width), self._row_dtype if quantized else torch.float32)
+        scales = self._new("expert gated scales", tokens, (top_k,)) if quantized else None
+        self._do(native.GATED, tokens, (both, gated, scales), (inner, 2 * inner, width), per_token=top_k)
+        made = self._new("expert output", tokens, (top_k, hidden))
+        second: Activations = gated.view(tokens * top_k, width)
+        if scales is not None:
+            second = QuantizedActivations(second, scales.view(tokens * top_k))
+        self._expert_linear(second, down, made, offsets, pairs, 1)
+        y = self._new("experts", tokens, (hidden,))
+        self._do(native.COMBINE, tokens, (made, weights, y), (hidden, top_k, hidden, y.stride(0)))
+        return y
+
+    def _expert_linear(
+        self, x: Activations, weight: CpuExperts, y: Tensor, offsets: Tensor, pairs: Tensor, divisor: int
+    ) -> None:
+        """x [T * k / divisor, K] -> y [T, k, N], of which each row is made by its expert."""
+        rows, scales = (x.values, x.scales) if isinstance(x, QuantizedActivations) else (x, None)
+        own = weight.stacked
+        pointers = (rows, scales, own.packed, own.scales, y, offsets, pairs)
+        numbers = (weight.out_features, own.in_features, rows.stride(0), y.stride(1), weight.num_experts, divisor)
+        self._do(native.EXPERT_LINEAR, y.shape[0], pointers, numbers, own.type)
+
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
         return self._gated(gate_up, 0, quantize)
@@ -416,10 +480,13 @@ class CpuOps:
         f: float = 0.0,
         softcap: float = 0.0,
         plan: CpuPlan | None = None,
+        per_token: int = 1,
     ) -> None:
-        """Carry a command out, or write it down: then for as many rows as a step will have tokens."""
+        """Carry a command out, or write it down: then for as many rows as a step will have tokens. `per_token` rows of
+        the operation belong to each of `rows`."""
         recording = self._recording
-        made = native.command(op, -1 if recording is not None else rows, pointers, numbers, flags, f)
+        count = -per_token if recording is not None else rows * per_token
+        made = native.command(op, count, pointers, numbers, flags, f)
         made.f[1] = softcap
         if recording is None:
             self.team.run(made, 1, None if plan is None else plan.struct)

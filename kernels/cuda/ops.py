@@ -11,14 +11,17 @@ from torch.nn import functional as F
 
 from kernels.checks import (
     check_attention,
+    check_experts,
+    check_mixture,
     check_positions,
     check_query_key,
     check_residual,
     check_softcap,
 )
-from kernels.cuda import activation, attention, layer_norm, linear, norm, pointwise, sampling
+from kernels.cuda import activation, attention, experts, layer_norm, linear, norm, pointwise, sampling
 from kernels.cuda import kv_cache as kv_cache_module
 from kernels.cuda.common import device_type
+from kernels.cuda.experts import CudaExperts
 from kernels.cuda.kv_cache import CudaKVCache
 from kernels.cuda.linear import CudaLinear
 from kernels.cuda.plan import CudaPlan, check_on_device, make_plan
@@ -28,6 +31,7 @@ from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -156,6 +160,35 @@ class CudaOps:
         if weight.mode == "none" and not self.deterministic:
             return F.linear(x, weight.weight, weight.bias)
         return linear.linear(x, weight, self._workspace)
+
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> CudaExperts:
+        """Move the weights to the device as one, in the backend's dtype or as int8 with a scale for each row."""
+        check_experts(weight, num_experts)
+        return CudaExperts(num_experts, linear.prepare(weight, None, mode, self.device, self.dtype))
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H] by grouped products (see `kernels.cuda.experts`)."""
+        if not isinstance(gate_up, CudaExperts) or not isinstance(down, CudaExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        if not isinstance(router, CudaLinear):
+            raise ValueError("router was not made by this backend's prepare_linear")
+        logits = linear.linear(x, router, self._workspace, torch.float32)
+        chosen, weights = experts.route(logits, top_k, normalize)
+        groups = experts.group(chosen, gate_up.num_experts)
+        rows = norm.quantize(x) if gate_up.stacked.mode == "w8a8" else x
+        inner = self.silu_mul(experts.expert_linear(rows, gate_up, groups, top_k), down.stacked.mode == "w8a8")
+        return experts.combine(experts.expert_linear(inner, down, groups, 1), weights)
 
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""

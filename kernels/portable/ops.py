@@ -11,18 +11,22 @@ import torch
 from torch import Tensor
 
 from kernels.checks import (
+    check_experts,
     check_layer_norm,
+    check_mixture,
     check_positions,
     check_query_key,
     check_residual,
     check_softcap,
     check_weight,
+    rows_of,
 )
 from kernels.int8 import quantize_rows
 from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -33,7 +37,8 @@ from kernels.ops import (
     SampleResult,
     SamplingMetadata,
 )
-from kernels.portable import attention, elementwise, linear
+from kernels.portable import attention, elementwise, experts, linear
+from kernels.portable.experts import PortableExperts
 from kernels.portable.kv_cache import PortableKVCache, allocate
 from kernels.portable.linear import PortableLinear
 from kernels.portable.plan import PortablePlan, make_plan
@@ -196,6 +201,41 @@ class PortableOps:
         if weight.mode == "w8a8":
             return linear.apply_quantized(QuantizedActivations(*quantize_rows(values)), weight, self._workspace)
         return linear.apply(values.to(self.dtype), weight, self._workspace)
+
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> PortableExperts:
+        """A `prepare_linear` for each."""
+        size = check_experts(weight, num_experts)
+        each = []
+        for expert in range(num_experts):
+            rows = rows_of(weight, slice(expert * size, expert * size + size))
+            prepared = self.prepare_linear(rows, None, mode)
+            assert isinstance(prepared, PortableLinear)
+            each.append(prepared)
+        return PortableExperts(each)
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H]: each expert's tokens together (see `kernels.portable.experts`)."""
+        if not isinstance(gate_up, PortableExperts) or not isinstance(down, PortableExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        # In float32 beyond the product itself: in bfloat16 its result would be rounded to it.
+        chosen, weights = experts.route(self.linear(x, router).to(torch.float32), top_k, normalize)
+        made = torch.zeros(x.shape[0], top_k, x.shape[1])
+        for expert in chosen.unique().tolist():
+            tokens, ranks = (chosen == expert).nonzero(as_tuple=True)
+            inner = self.silu_mul(self.linear(x[tokens], gate_up.each[expert]), down.each[expert].mode == "w8a8")
+            made[tokens, ranks] = self.linear(inner, down.each[expert]).to(torch.float32)
+        return experts.combine(made, weights).to(self.dtype)
 
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""

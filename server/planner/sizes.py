@@ -47,7 +47,8 @@ class LinearShape:
     """`count` weights [n, k] of a model. `role`: "layer" (read in every step, once a layer), "head" or "table".
 
     A tied head and table are one weight of the role "head" that is an `embedding` as well. `kept`: unquantized in every
-    mode, because an int8 checkpoint has it so.
+    mode, because an int8 checkpoint has it so, or always. `experts`: of how many experts it is made, `used` of which a
+    token goes through.
     """
 
     name: str
@@ -58,11 +59,21 @@ class LinearShape:
     role: Literal["layer", "head", "table"]
     embedding: bool = False
     kept: bool = False
+    experts: int = 1
+    used: int = 1
 
     @property
     def num_weights(self) -> int:
         """Of all `count`."""
         return self.n * self.k * self.count
+
+    def share(self, rows: int) -> float:
+        """What part of the weight `rows` tokens go through, if they choose their experts independently."""
+        return 1.0 - (1.0 - self.used / self.experts) ** rows if self.experts > 1 else 1.0
+
+    def rows_of_expert(self, rows: int) -> int:
+        """How many of `rows` tokens go through an expert that is in use, on the average."""
+        return max(1, round(rows * self.used / (self.experts * self.share(rows))))
 
 
 def linear_shapes(config: ModelConfig) -> list[LinearShape]:
@@ -75,6 +86,12 @@ def linear_shapes(config: ModelConfig) -> list[LinearShape]:
         names.gate_up[0]: LinearShape("gate_up", up * inner, hidden, config.mlp_bias, layers, "layer"),
         names.down: LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
     }
+    if count := config.num_experts:
+        expert = names.expert.format(0)
+        for module in (names.gate_up[0], names.down):
+            one = shapes.pop(module)
+            shapes[expert + module] = replace(one, n=one.n * count, experts=count, used=config.experts_per_token)
+        shapes[names.router] = LinearShape("router", count, hidden, False, layers, "layer", kept=True)
     table = LinearShape("table", config.vocab_size, hidden, False, 1, "table", embedding=True)
     if config.tie_word_embeddings:
         shapes[names.table] = replace(table, name="head", role="head")
@@ -87,7 +104,7 @@ def linear_shapes(config: ModelConfig) -> list[LinearShape]:
 def _split_kept(config: ModelConfig, module: str, shape: LinearShape) -> list[LinearShape]:
     """The shape, or what of it is int8 in the checkpoint and what is not."""
     stored = config.quantization
-    if stored is None:
+    if stored is None or shape.kept:
         return [shape]
     prefix = config.names.layer
     names = [prefix.format(layer) + module for layer in range(shape.count)] if shape.role == "layer" else [module]
@@ -170,5 +187,8 @@ def workspace_bytes(config: ModelConfig, backend: Backend, max_tokens: int, max_
     """
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     values = 4 * config.hidden_size + 3 * q + 2 * kv + 3 * config.intermediate_size
+    if config.num_experts:  # of each expert of a token gate, up, their product, and what it makes
+        values += 3 * (config.experts_per_token - 1) * config.intermediate_size
+        values += config.experts_per_token * config.hidden_size
     logits = max_rows * config.vocab_size * 4
     return max_tokens * values * ITEMSIZE[backend.activation_dtype] + logits

@@ -28,7 +28,7 @@ def test_signatures_equal_the_protocol(backend: type, method: str) -> None:
 
 
 def test_protocol_covers_what_a_decoder_needs() -> None:
-    assert len(METHODS) == 20
+    assert len(METHODS) == 22
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -89,6 +89,30 @@ def test_row_operations_refuse_what_does_not_fit(backend: Callable[[], Ops]) -> 
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_refuse_what_does_not_fit(backend: Callable[[], Ops]) -> None:
+    ops, x = backend(), torch.zeros(2, 16)
+    for rows in (40, 48):
+        with pytest.raises(ValueError, match="N a multiple of 16; got"):
+            ops.prepare_experts(torch.zeros(rows, 16), 2)
+    router, gate_up, down = (
+        ops.prepare_linear(torch.zeros(2, 16)),
+        ops.prepare_experts(torch.zeros(64, 16), 2),
+        ops.prepare_experts(torch.zeros(32, 16), 2),
+    )
+    assert ops.experts(x, router, gate_up, down, 2, True).shape == (2, 16)
+    for arguments, message in [
+        ((x, router, gate_up, down, 3), "top_k is 3; there are 2 experts"),
+        ((torch.zeros(2, 8), router, gate_up, down, 1), r"router must be an unquantized \[E, H\]"),
+        ((x, ops.prepare_linear(torch.zeros(2, 16), mode="w8a16"), gate_up, down, 1), "router must be an unquantized"),
+        ((x, router, down, down, 1), r"gate_up must hold 2 weights \[32, 16\]"),
+        ((x, ops.prepare_linear(torch.zeros(3, 16)), gate_up, down, 1), "gate_up must hold 3 weights"),
+        ((x, router, object(), down, 1), "prepare_experts"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.experts(*arguments, True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -53,6 +53,20 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.22, "logits_scaling": 2.0, "attention_multiplier": 0.2},
     ),
     "stablelm-2x1x32-parallel": ("StableLm", 2, 1, 32, {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "mixtral-2x1x32": (
+        "Mixtral",
+        2,
+        1,
+        32,
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 80, "hidden_size": 80},
+    ),
+    "qwen3-moe-2x1x32": (
+        "Qwen3Moe",
+        2,
+        1,
+        32,
+        {"num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "hidden_size": 80},
+    ),
     "smollm3-2x1x64-nope": ("SmolLM3", 2, 1, 64, {"no_rope_layer_interval": 2, "no_rope_layers": [1, 0]}),
 }
 

@@ -168,6 +168,27 @@ CASES: dict[str, tuple[str, int, int, int, dict[str, Any]]] = {
             "logits_scaling": 0.5,
         },
     ),
+    "mixtral-4x2x32": (
+        "Mixtral",
+        4,
+        2,
+        32,
+        {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "qwen3-moe-4x2x32": (
+        "Qwen3Moe",
+        4,
+        2,
+        32,
+        {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
+    ),
+    "qwen3-moe-4x2x16-normalized": (
+        "Qwen3Moe",
+        4,
+        2,
+        16,
+        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    ),
     "stablelm-4x2x32-biases": ("StableLm", 4, 2, 32, {"use_qkv_bias": True}),
     "stablelm-4x4x16-parallel": ("StableLm", 4, 4, 16, {"use_parallel_residual": True}),
 }

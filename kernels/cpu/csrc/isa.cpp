@@ -20,6 +20,7 @@ namespace {
 #include "attention.h"
 #include "sampling.h"
 #include "layer_norm.h"
+#include "experts.h"
 
 }  // namespace
 
@@ -28,6 +29,6 @@ const Kernels kernels = {
     STET_NAME,
     GROUP_OF,
     {embedding, norm, linear, gated, write_kv, attention, quantize, sample, layer_norm, ungated, add, add_positions,
-     softcap}};
+     softcap, route, group, expert_linear, combine}};
 
 }  // namespace STET_ISA

@@ -142,9 +142,9 @@ inline F16 gelu(F16 x) {
 }
 
 // p: gate and up [rows][2 * I], y or integers y, y's scales or null.  n: I, elements from row to row of the input, of y.
-// flags: 0 silu, 1 gelu.
+// flags: 0 silu, 1 gelu. rows: any multiple of the tokens.
 void gated(const Command& c, const Step* step, Work& work) {
-    const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows, I = c.n[0];
+    const int64_t rows = c.rows < 0 ? -c.rows * step->num_tokens : c.rows, I = c.n[0];
     for (int64_t row; (row = work.take()) < rows;) {
         const float *gate = (const float*)c.p[0] + row * c.n[1], *up = gate + I;
         float* y = c.p[2] ? work.scratch : (float*)c.p[1] + row * c.n[2];

@@ -32,6 +32,14 @@ FAMILIES: dict[str, dict[str, object]] = {
     "stablelm": TINY
     | {"architectures": ["StableLmForCausalLM"], "layer_norm_eps": 1e-5, "use_parallel_residual": True},
     "gemma3": TINY | {"architectures": ["Gemma3ForCausalLM"], "hidden_act": "gelu_pytorch_tanh", "head_dim": 16},
+    "qwen3-moe": TINY
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 16,
+        "num_experts": 9,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+    },
     "olmo2": TINY | {"architectures": ["Olmo2ForCausalLM"]},
 }
 QWEN3 = TINY | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 24}
