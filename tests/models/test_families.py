@@ -96,7 +96,7 @@ def test_names_as_older_files_have_them(tmp_path: Path) -> None:
         expected = logits(load_model(folder, ReferenceOps()))
         file = folder / "model.safetensors"
         tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-        save_file(tensors | dict.fromkeys(masks, torch.ones(1, 1, 4, 4)), file, metadata={"format": "pt"})
+        save_file(tensors | {mask: torch.ones(1, 1, 4, 4) for mask in masks}, file, metadata={"format": "pt"})
         assert torch.equal(logits(load_model(folder, ReferenceOps())), expected)
 
 

@@ -132,7 +132,7 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "Gemma3ForCausalLM": {"sliding_window": 100, "sliding_window_pattern": 2},
     "GraniteForCausalLM": {"residual_multiplier": 0.2},
     "Olmo2ForCausalLM": {},
-    "Phi3ForCausalLM": {"partial_rotary_factor": 0.5},
+    "Phi3ForCausalLM": {"partial_rotary_factor": 0.67},
     "StableLmForCausalLM": {"layer_norm_eps": 1e-5, "use_parallel_residual": True},
     "MixtralForCausalLM": {"hidden_size": 80, "intermediate_size": 48, "num_local_experts": 5},
     "Qwen3MoeForCausalLM": {"hidden_size": 80, "moe_intermediate_size": 48, "num_experts": 9, "num_experts_per_tok": 2},
