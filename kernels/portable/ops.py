@@ -224,11 +224,11 @@ class PortableOps:
         top_k: int,
         normalize: bool,
     ) -> Tensor:
-        """x [T, H] -> [T, H]: each expert's tokens together (see `kernels.portable.experts`)."""
+        """x [T, H] -> [T, H]: each expert's tokens together (see `kernels.portable.experts`). The router's logits are
+        rounded to the backend's dtype, as those of any linear layer."""
         if not isinstance(gate_up, PortableExperts) or not isinstance(down, PortableExperts):
             raise ValueError("gate_up or down was not made by this backend's prepare_experts")
         check_mixture(x, router, gate_up, down, top_k)
-        # In float32 beyond the product itself: in bfloat16 its result would be rounded to it.
         chosen, weights = experts.route(self.linear(x, router).to(torch.float32), top_k, normalize)
         made = torch.zeros(x.shape[0], top_k, x.shape[1])
         for expert in sorted(set(chosen.flatten().tolist())):

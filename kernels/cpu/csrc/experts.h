@@ -80,9 +80,10 @@ template <class T>
 inline void expert_rows(const Command& c, const int32_t* pairs, int64_t rows, const T* w, const float* scales,
                         int64_t first_panel, int count, float* scratch) {
     const int64_t K = c.n[1], divisor = c.n[5];
-    const T* panel[EXPERT_PANELS];
+    const T *panel[EXPERT_PANELS], *later[EXPERT_PANELS];
     for (int p = 0; p < count; ++p) {
         panel[p] = w + (first_panel + p) * K * 16;
+        later[p] = panel[p] + AHEAD / (int64_t)sizeof(T);
     }
     float acc[MAX_ROWS * 16 * EXPERT_PANELS];
     for (int64_t row = 0; row < rows;) {
@@ -90,7 +91,7 @@ inline void expert_rows(const Command& c, const int32_t* pairs, int64_t rows, co
         for (int i = 0; i < m; ++i) {
             std::memcpy(scratch + i * K, (const float*)c.p[0] + pairs[row + i] / divisor * c.n[2], K * sizeof(float));
         }
-        fma_block<T, AHEAD>(m, scratch, K, panel, count, 16, K, acc, 16 * EXPERT_PANELS, false);
+        fma_block<T, FIRST_LEVEL>(m, scratch, K, panel, later, count, 16, K, acc, 16 * EXPERT_PANELS, false);
         for (int i = 0; i < m; ++i) {
             float* y = (float*)c.p[4] + pairs[row + i] * c.n[3];
             for (int p = 0; p < count; ++p) {

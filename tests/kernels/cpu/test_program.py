@@ -40,7 +40,8 @@ FAMILIES: dict[str, dict[str, object]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 48,
     },
-    "olmo2": TINY | {"architectures": ["Olmo2ForCausalLM"]},
+    # As many heads of k as of q: both norms have results of one shape.
+    "olmo2": TINY | {"architectures": ["Olmo2ForCausalLM"], "num_key_value_heads": 4},
 }
 QWEN3 = TINY | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 24}
 
