@@ -11,7 +11,9 @@ from paged_greedy import greedy
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels.ops import QuantizationMode
 from kernels.reference import ReferenceOps
+from models import reader
 from models.compressed_tensors import Int8Mode
 from models.config import ModelConfig
 from models.errors import ModelError
@@ -84,6 +86,18 @@ def test_gpt2_is_quantized_while_it_loads_and_in_no_file(tmp_path: Path) -> None
         quantize_checkpoint(source, tmp_path / "target", "w8a8")
     plain, quantized = (logits(load_model(source, ReferenceOps(), quantization=mode)) for mode in ("none", "w8a8"))
     assert 0 < (plain - quantized).norm() / plain.norm() < 0.1
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "GPTNeoXForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("mode", ["none", "w8a8"])
+def test_pieces_find_their_places(
+    tmp_path: Path, architecture: str, mode: QuantizationMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that are transposed, whose rows have an order of their own, or that are one expert's part of a weight."""
+    folder = make(tmp_path / "source", architecture)
+    expected = logits(load_model(folder, ReferenceOps(), quantization=mode))
+    monkeypatch.setattr(reader, "PIECE_BYTES", 3000)
+    assert torch.equal(logits(load_model(folder, ReferenceOps(), quantization=mode)), expected)
 
 
 def test_names_as_older_files_have_them(tmp_path: Path) -> None:
