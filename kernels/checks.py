@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -55,3 +55,76 @@ def check_attention(metadata: AttentionMetadata) -> int:
             raise ValueError(f"metadata.block_tables[{s}] holds a negative block id")
         largest = max(largest, max(used))
     return largest
+
+
+def check_residual(x: Tensor, residual: Tensor) -> None:
+    """Raise ValueError unless two tensors that are to be added have one shape."""
+    if x.shape != residual.shape:
+        raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+
+
+def check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.layer_norm`."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if x.dim() != 2 or (tensor is not None and tensor.shape != x.shape[1:]):
+            shape = None if tensor is None else tuple(tensor.shape)
+            raise ValueError(f"{name} must be [H] for x [T, H], got {shape} and {tuple(x.shape)}")
+
+
+def check_query_key(query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.norm_query_key`."""
+    for name, tensor, weight in (("query", query, query_weight), ("key", key, key_weight)):
+        if tensor.dim() != 2 or weight.shape != tensor.shape[1:] or len(tensor) != len(query):
+            raise ValueError(
+                f"{name}_weight must be [heads * D] for {name} [T, heads * D], got {tuple(weight.shape)} and "
+                f"{tuple(tensor.shape)}"
+            )
+
+
+def check_positions(x: Tensor, table: Tensor, longest: int) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.add_positions`. longest: of the sequences."""
+    if x.dim() != 2 or table.dim() != 2 or x.shape[1] != table.shape[1]:
+        raise ValueError(f"table must be [P, H] for x [T, H], got {tuple(table.shape)} and {tuple(x.shape)}")
+    if longest > len(table):
+        raise ValueError(f"table has {len(table)} positions; a sequence has {longest} tokens")
+
+
+def check_experts(weight: Tensor | QuantizedWeight, num_experts: int) -> int:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.prepare_experts`; return N."""
+    shape = tuple(weight.shape)
+    if num_experts < 1 or len(shape) != 2 or shape[0] % (16 * num_experts):
+        raise ValueError(
+            f"weight must be [E * N, K] for {num_experts} experts, N a multiple of 16; got {shape}: experts of other "
+            "sizes are not supported"
+        )
+    return shape[0] // num_experts
+
+
+def check_mixture(x: Tensor, router: Any, gate_up: Any, down: Any, top_k: int) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.experts`. The weights: with out_features N
+    (of one expert) and in_features K."""
+    if x.dim() != 2 or x.shape[1] != router.in_features or router.mode != "none":
+        raise ValueError(f"router must be an unquantized [E, H] for x [T, H], got x {tuple(x.shape)}")
+    experts = router.out_features
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"top_k is {top_k}; there are {experts} experts")
+    hidden = x.shape[1]
+    for name, weight, shape in (
+        ("gate_up", gate_up, (2 * down.in_features, hidden)),
+        ("down", down, (hidden, down.in_features)),
+    ):
+        if (weight.num_experts, weight.out_features, weight.in_features) != (experts, *shape):
+            raise ValueError(f"{name} must hold {experts} weights {list(shape)} for this x and router")
+
+
+def check_softcap(cap: float) -> None:
+    """Raise ValueError for a cap that is not above zero."""
+    if not cap > 0:
+        raise ValueError(f"cap is {cap}; it must be positive")
+
+
+def rows_of(weight: Tensor | QuantizedWeight, rows: slice) -> Tensor | QuantizedWeight:
+    """Some rows of a weight [N, K], as a view."""
+    if isinstance(weight, QuantizedWeight):
+        return QuantizedWeight(weight.values[rows], weight.scales[rows])
+    return weight[rows]

@@ -83,6 +83,20 @@ class LinearWeight(Protocol):
         ...
 
 
+class ExpertWeight(Protocol):
+    """The weights of E experts, each of shape [N, K], in the layout and precision of the backend that prepared them."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take as prepared, scales and padding included."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """A weight that is int8 already: it is about values * scales[:, None].
@@ -252,8 +266,18 @@ class Ops(Protocol):
         """Prepare what `write_kv` and `paged_attention` need in every layer of this step. Call once a step."""
         ...
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H], prepared with `embedding` -> its rows [T, H], dequantized."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H], prepared with `embedding` -> its rows [T, H], dequantized and times
+        `scale`, rounded once."""
+        ...
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: AttentionPlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions: learned positions (GPT-2). A sequence of more
+        than P tokens is refused."""
+        ...
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual. Its memory may be that of `residual`, as with `add_rms_norm`."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
@@ -269,10 +293,55 @@ class Ops(Protocol):
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is never quantized."""
         ...
 
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias, statistics in float32, the variance that
+        of all H elements (arXiv:1607.06450)."""
+        ...
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual); the sum is never quantized."""
+        ...
+
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D], possibly views of one packed projection -> each normalized by `rms_norm`
+        over all its heads together (OLMo 2), with weights [Hq * D] and [Hkv * D]."""
+        ...
+
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32 or wider.
 
         A w8a8 weight quantizes an x that is not quantized yet; every other weight refuses one that is.
+        """
+        ...
+
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> ExpertWeight:
+        """Take the weights of E experts, one after the other along the rows, [E * N, K]; as `prepare_linear` otherwise.
+        N must be a multiple of 16."""
+        ...
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """A mixture of experts with gated linear units (arXiv:2401.04088): x [T, H] -> [T, H].
+
+        router: an unquantized weight [E, H]; gate_up: [2 * I, H] for each expert, gate first; down: [H, I]. Each token
+        goes through the `top_k` experts of the largest logits x @ router^T, in float32, the lower index first on a tie.
+        They weigh what a softmax over all logits gives them or, with `normalize`, over theirs. The result is the sum of
+        weight * down(silu(gate(x)) * up(x)) from the first expert to the last, in float32, rounded once.
         """
         ...
 
@@ -283,6 +352,15 @@ class Ops(Protocol):
     def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I]: GeGLU with the tanh form of gelu
         (arXiv:1606.08415), x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+        ...
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I] (arXiv:1606.08415): in its tanh form, as in `gelu_mul`, or exactly,
+        x / 2 * (1 + erf(x / sqrt(2)))."""
+        ...
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap) (Gemma 2). cap must be positive."""
         ...
 
     def write_kv(

@@ -14,12 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.checks import check_attention, check_weight
+from kernels.checks import (
+    check_attention,
+    check_experts,
+    check_layer_norm,
+    check_mixture,
+    check_positions,
+    check_query_key,
+    check_residual,
+    check_softcap,
+    check_weight,
+    rows_of,
+)
 from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -57,6 +69,33 @@ class ReferenceLinear:
     def nbytes(self) -> int:
         """Bytes of weight, scales and bias."""
         return sum(tensor.nbytes for tensor in (self.weight, self.scales, self.bias) if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceExperts:
+    """A weight [N, K] for each expert."""
+
+    each: list[ReferenceLinear]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.each)
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.each[0].out_features
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.each[0].in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all."""
+        return sum(weight.nbytes for weight in self.each)
 
 
 @dataclass(slots=True)
@@ -139,12 +178,22 @@ class ReferenceOps:
             slots.append(blocks * metadata.block_size + positions % metadata.block_size)
         return ReferencePlan(list(metadata.query_lens), slots, metadata.block_size, largest_block)
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H], times `scale`."""
         if not isinstance(weight, ReferenceLinear):
             raise ValueError("weight was not made by this backend's prepare_linear")
         rows = F.embedding(token_ids, weight.weight).to(self.dtype)
-        return rows if weight.scales is None else rows * weight.scales[token_ids, None]
+        return scale * (rows if weight.scales is None else rows * weight.scales[token_ids, None])
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: ReferencePlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions."""
+        check_positions(x, table, max(len(slots) for slots in plan.slots))
+        return x.to(self.dtype) + table.to(self.dtype)[_positions(plan)]
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual."""
+        check_residual(x, residual)
+        return x.to(self.dtype) + residual.to(self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [..., H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
@@ -156,8 +205,31 @@ class ReferenceOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
-        total = x.to(self.dtype) + residual.to(self.dtype)
+        total = self.add(x, residual)
         return self.rms_norm(total, weight, eps, quantize), total
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (arXiv:1607.06450)."""
+        check_layer_norm(x, weight, bias)
+        own_bias = None if bias is None else bias.to(self.dtype)
+        normalized = F.layer_norm(x.to(self.dtype), weight.shape, weight.to(self.dtype), own_bias, eps)
+        return QuantizedActivations(*quantize_rows(normalized)) if quantize else normalized
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual)."""
+        total = self.add(x, residual)
+        return self.layer_norm(total, weight, bias, eps, quantize), total
+
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D] -> each normalized over all its heads together."""
+        check_query_key(query, key, query_weight, key_weight)
+        return self.rms_norm(query, query_weight, eps), self.rms_norm(key, key_weight, eps)
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N]. A product of int8 by int8 is exact until it is scaled."""
@@ -176,6 +248,42 @@ class ReferenceOps:
             y = product.to(self.dtype) * quantized.scales[:, None] * weight.scales
         return y if weight.bias is None else y + weight.bias
 
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> ReferenceExperts:
+        """A `prepare_linear` for each."""
+        size = check_experts(weight, num_experts)
+        each = [
+            self.prepare_linear(rows_of(weight, slice(e * size, e * size + size)), None, mode)
+            for e in range(num_experts)
+        ]
+        return ReferenceExperts([w for w in each if isinstance(w, ReferenceLinear)])
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H]: one token after the other through its experts."""
+        if not isinstance(gate_up, ReferenceExperts) or not isinstance(down, ReferenceExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        logits = self.linear(x, router)
+        outputs = []
+        for row, scores in zip(x, logits, strict=True):
+            chosen = scores.sort(descending=True, stable=True).indices[:top_k]
+            weights = scores[chosen].softmax(-1) if normalize else scores.softmax(-1)[chosen]
+            total = torch.zeros_like(row, dtype=self.dtype)
+            for expert, weight in zip(chosen.tolist(), weights, strict=True):
+                inner = self.silu_mul(self.linear(row[None], gate_up.each[expert]))
+                total = total + weight * self.linear(inner, down.each[expert])[0]
+            outputs.append(total)
+        return torch.stack(outputs)
+
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
@@ -187,6 +295,16 @@ class ReferenceOps:
         gate, up = gate_up.to(self.dtype).chunk(2, dim=-1)
         product = F.gelu(gate, approximate="tanh") * up
         return QuantizedActivations(*quantize_rows(product)) if quantize else product
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I], in its tanh form or exactly (arXiv:1606.08415)."""
+        activated = F.gelu(x.to(self.dtype), approximate="tanh" if tanh else "none")
+        return QuantizedActivations(*quantize_rows(activated)) if quantize else activated
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap)."""
+        check_softcap(cap)
+        return cap * torch.tanh(logits.to(self.dtype) / cap)
 
     def write_kv(
         self,
@@ -218,7 +336,7 @@ class ReferenceOps:
             key = self.rms_norm(key, key_norm, eps)
 
         pairs = list(zip(plan.query_lens, plan.slots, strict=True))
-        positions = torch.cat([torch.arange(len(slots) - new, len(slots)) for new, slots in pairs])
+        positions = _positions(plan)
         new_slots = torch.cat([slots[len(slots) - new :] for new, slots in pairs])
         key = _rotate(key, rotary, positions)
         cache.write(new_slots, key, value.to(self.dtype))
@@ -282,6 +400,12 @@ def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:
     if plan.largest_block >= kv_cache.num_blocks:
         raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {kv_cache.num_blocks} blocks")
     return kv_cache
+
+
+def _positions(plan: ReferencePlan) -> Tensor:
+    """Of the step's tokens in their sequences, int64 [T]."""
+    pairs = zip(plan.query_lens, plan.slots, strict=True)
+    return torch.cat([torch.arange(len(slots) - new, len(slots)) for new, slots in pairs])
 
 
 def _rotate(x: Tensor, rotary: RotaryTable, positions: Tensor) -> Tensor:

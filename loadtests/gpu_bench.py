@@ -194,10 +194,8 @@ def take_weights(peer: Any, shape: dict[str, Any], device: Device, mode: Quantiz
         prepare(model.head, "")
     for index, layer in enumerate(model.layers):
         prefix = f"model.layers.{index}."
-        prepare(layer.attention.qkv, f"{prefix}self_attn.")
-        prepare(layer.attention.output, f"{prefix}self_attn.")
-        prepare(layer.mlp.gate_up, f"{prefix}mlp.")
-        prepare(layer.mlp.down, f"{prefix}mlp.")
+        for linear in (layer.attention.qkv, layer.attention.output, layer.mlp.gate_up, layer.mlp.down):
+            prepare(linear, prefix)
         norms = {"input_layernorm": layer.attention_norm, "post_attention_layernorm": layer.mlp_norm}
         norms |= {
             name: norm

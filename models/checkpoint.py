@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.config import ModelConfig, token_ids
+from models.config import ModelConfig
 from models.errors import ModelError
+from models.fields import token_ids
 
 # The floating-point formats of safetensors that are read, and the names that config.json has for them.
 STORED_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}

@@ -60,7 +60,7 @@ def _matches(module: str, words: tuple[str, ...]) -> bool:
 
 
 def _is_embedding(module: str) -> bool:
-    return module.rpartition(".")[2] == "embed_tokens"
+    return module.rpartition(".")[2] in ("embed_tokens", "embed_in")
 
 
 def read_quantization(value: Any) -> StoredQuantization:

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from kernels.ops import Activations, AttentionMetadata, KVCache, Ops
+from models.decoder import Decoder
 from models.errors import ModelError
 from models.layers import DecoderModel
-from models.llama import Llama
 
 BLOCK_SIZE = 64  # a size that every backend takes
 STEP_TOKENS = 1024  # tokens of all sequences in one step, unless one sequence is longer
@@ -144,7 +144,7 @@ def keep_unquantized(model: DecoderModel, base: DecoderModel, keep: str) -> None
     To measure what their quantization costs: with tied embeddings the model then has both forms of the one weight.
     Both models must have been made with the same ops. Raises ModelError for a model that has no such parts.
     """
-    if not isinstance(model, Llama) or not isinstance(base, Llama):
+    if not isinstance(model, Decoder) or not isinstance(base, Decoder):
         raise ModelError(f"of {model.config.architecture} the token table and the head are not known here")
     if keep in ("table", "both"):
         model.table = base.table
@@ -153,8 +153,9 @@ def keep_unquantized(model: DecoderModel, base: DecoderModel, keep: str) -> None
 
 
 class ObservedOps:
-    """An Ops that shows what passes through it: `observe` is called with each sum that `add_rms_norm` makes, [T, H],
-    which is the residual stream. So no model needs hooks. Everything else is the inner Ops' own."""
+    """An Ops that shows what passes through it: `observe` is called with each sum that `add`, `add_rms_norm` or
+    `add_layer_norm` makes, [T, H], which is the residual stream. So no model needs hooks. Everything else is the inner
+    Ops' own."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops
@@ -168,9 +169,26 @@ class ObservedOps:
     ) -> tuple[Activations, Tensor]:
         """As the inner Ops does it."""
         normalized, total = self._ops.add_rms_norm(x, residual, weight, eps, quantize)
+        self._show(total)
+        return normalized, total
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """As the inner Ops does it."""
+        normalized, total = self._ops.add_layer_norm(x, residual, weight, bias, eps, quantize)
+        self._show(total)
+        return normalized, total
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """As the inner Ops does it."""
+        total = self._ops.add(x, residual)
+        self._show(total)
+        return total
+
+    def _show(self, total: Tensor) -> None:
         if self.observe is not None:
             self.observe(total)
-        return normalized, total
 
     def as_ops(self) -> Ops:
         """Itself. Only by its attributes can a type checker not see that it has all of an Ops."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from models.download import download
 from models.errors import ModelError
 
 BUILT_IN_MODELS: dict[str, Path] = {"stet-tales": Path(__file__).parent / "tales"}
@@ -32,7 +33,8 @@ def resolve_model(
     A folder wins over a Hub id of the same name. A Hub model is taken from the cache or downloaded into it at
     `revision` (a branch, tag or commit; None is the main branch, and all that a folder has); with `offline` only the
     cache is looked at.
-    `progress` gets a line before a download begins and when it is done. Raises ModelError.
+    `progress` gets a line before a download begins, twice a second while it lasts, and when it is done. What an earlier
+    download left whole is not fetched again (`models.download`). Raises ModelError.
     """
     folder = _local_folder(model, revision)
     return folder or _from_hub(model, revision, offline, progress, _WANTED, _with_weights)
@@ -89,26 +91,25 @@ def _from_hub(
         RevisionNotFoundError,
     )
 
-    def download(local_files_only: bool) -> Path:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=wanted,
-                ignore_patterns=_UNWANTED,
-                local_files_only=local_files_only,
-            )
+    def fetch(local_files_only: bool, bars: type | None = None) -> str:
+        return snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=wanted,
+            ignore_patterns=_UNWANTED,
+            local_files_only=local_files_only,
+            tqdm_class=bars,
         )
 
     at = f" at revision {revision}" if revision else ""
     try:
         if offline:
-            return check(download(local_files_only=True), model)
-        if progress is not None:
-            progress(f"Looking up {model}{at} on the Hugging Face Hub")
-        folder = download(local_files_only=False)
-        if progress is not None:
-            progress(f"{model}{at} is in {folder}")
+            return check(Path(fetch(local_files_only=True)), model)
+        if progress is None:
+            return check(Path(fetch(local_files_only=False)), model)
+        progress(f"Looking up {model}{at} on the Hugging Face Hub")
+        folder = Path(download(lambda bars: fetch(False, bars), model, progress))
+        progress(f"{model}{at} is in {folder}")
         return check(folder, model)
     except ModelError:
         raise

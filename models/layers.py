@@ -1,21 +1,17 @@
-"""The parts that decoders are built of, over an Ops object that is passed in. Nothing here is trained.
+"""The layers that decoders are made of, over an Ops object that is passed in.
 
-A layer is made empty. `slots()` says which checkpoint tensors it wants; the last rows of the last slot of a weight
-make it ready. Shapes use the letters of kernels/ops.py: T tokens, H hidden size, Hq and Hkv heads, D head size,
-V vocabulary.
+A layer owns prepared weights and says, through `slots`, which checkpoint tensors they come from. Nothing here knows a
+device: `ops` is a kernels.ops.Ops, and the KV cache and the plan are its own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from kernels.int8 import quantize_rows
 from kernels.ops import (
     Activations,
     AttentionPlan,
@@ -28,12 +24,7 @@ from kernels.ops import (
     RotaryTable,
 )
 from models.config import ModelConfig
-from models.errors import ModelError
-
-# Elements that are quantized at a time: 256 KiB in float32. What `quantize_rows` makes of them stays in the processor's
-# cache and is nothing beside the weights. Pieces four times as large took three quarters of the time (500 MB of
-# bfloat16 on one core: 0.67 s, not 0.93), but the holes that they left in glibc's heap took a fifth of the model.
-_QUANTIZED_AT_A_TIME = 1 << 16
+from models.slots import Columns, Int8Rows, Precision, Rows, Slot
 
 
 class DecoderModel(Protocol):
@@ -69,73 +60,53 @@ class DecoderModel(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place for one checkpoint tensor, which may arrive in pieces of rows.
-
-    shape   what the tensor must have
-    put     put(first row, rows): takes [n, ...], a copy of it. Where `mode` quantizes, the rows may be float, and are
-            quantized here, or a QuantizedWeight.
-    mode    of the Linear whose weight this is; "none" for everything else
-    stack   elements of the weight that the tensor becomes a part of: pieces of one weight belong together
-    """
-
-    shape: tuple[int, ...]
-    put: Callable[[int, Tensor | QuantizedWeight], None]
-    stack: int
-    mode: QuantizationMode = "none"
-
-    def fill(self, tensor: Tensor) -> None:
-        """Take the whole tensor."""
-        self.put(0, tensor)
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """The mode in which a model's Linears are prepared, but for the modules that stay unquantized.
-
-    keep: whether a module does, by its name in the checkpoint ("lm_head", "model.layers.3.mlp.down_proj"); None: no one
-    """
-
-    mode: QuantizationMode = "none"
-    keep: Callable[[str], bool] | None = None
-
-    def of(self, prefix: str, parts: Collection[str]) -> QuantizationMode:
-        """The mode of one Linear that is made of the modules `prefix` + part. Raises ModelError if they differ."""
-        modules = [prefix + part for part in parts]
-        kept = [module for module in modules if self.keep is not None and self.keep(module)]
-        if not kept or self.mode == "none":
-            return self.mode
-        if others := [module for module in modules if module not in kept]:
-            raise ModelError(
-                f"{kept[0]} is unquantized and {others[0]} is int8; they are computed as one weight, for which a "
-                "mixture is not supported: use a checkpoint with all or none of them quantized"
-            )
-        return "none"
-
-
 class Norm:
-    """The weight [size] of an RMSNorm."""
+    """An RMSNorm, or a LayerNorm with its bias, over rows of `size`."""
 
-    def __init__(self, ops: Ops, size: int) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, size: int, of_heads: bool = False) -> None:
+        """of_heads: of q or k, which is an RMSNorm whatever the norms of the residual stream are."""
         self.ops = ops
         self.size = size
+        self.eps = config.norm_eps if of_heads else config.stream_eps
+        self.offset = config.norm_offset
+        # An offset needs the digits that the stored weight has beside 1.
+        self.dtype = torch.float32 if self.offset else ops.dtype
+        self.has_bias = config.norm == "layer" and not of_heads
         self.weight: Tensor
+        self.bias: Tensor | None = None
 
     def slots(self, name: str) -> dict[str, Slot]:
-        """The slot of the weight, under the checkpoint name `name`.weight."""
-        rows = _Rows((self.size,))
+        """The slots of the weight and the bias, under the checkpoint names `name`.weight and `name`.bias."""
+        weight, bias = Rows((self.size,)), Rows((self.size,))
 
-        def put(start: int, piece: Tensor | QuantizedWeight) -> None:
-            rows.put(start, piece)
-            if rows.complete:
-                self.weight = rows.take().to(self.ops.device, self.ops.dtype)
+        def put_weight(start: int, piece: Tensor | QuantizedWeight) -> None:
+            weight.put(start, piece)
+            if weight.complete:
+                self.weight = (weight.take().to(self.ops.device, torch.float32) + self.offset).to(self.dtype)
 
-        return {f"{name}.weight": Slot((self.size,), put, self.size)}
+        def put_bias(start: int, piece: Tensor | QuantizedWeight) -> None:
+            bias.put(start, piece)
+            if bias.complete:
+                self.bias = bias.take().to(self.ops.device, self.dtype)
+
+        slots = {f"{name}.weight": Slot((self.size,), put_weight, self.size, mean=1.0 - self.offset)}
+        return slots | {f"{name}.bias": Slot((self.size,), put_bias, self.size)} if self.has_bias else slots
+
+    def __call__(self, x: Tensor, quantize: bool = False) -> Activations:
+        """x [T, size] -> normalized."""
+        if self.has_bias:
+            return self.ops.layer_norm(x, self.weight, self.bias, self.eps, quantize)
+        return self.ops.rms_norm(x, self.weight, self.eps, quantize)
+
+    def add(self, x: Tensor, residual: Tensor, quantize: bool = False) -> tuple[Activations, Tensor]:
+        """x, residual [T, size] -> (their sum normalized, their sum)."""
+        if self.has_bias:
+            return self.ops.add_layer_norm(x, residual, self.weight, self.bias, self.eps, quantize)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps, quantize)
 
     @property
     def nbytes(self) -> int:
-        return self.size * self.ops.dtype.itemsize
+        return self.size * self.dtype.itemsize * (2 if self.has_bias else 1)
 
 
 class Linear:
@@ -143,7 +114,7 @@ class Linear:
 
     The pieces are copied into one buffer as they arrive, quantized if the mode says so; with the last, the buffer goes
     to `ops.prepare_linear` and is dropped. So a checkpoint is never in memory twice: at most one weight is. And an
-    unquantized weight that is to be int8 never is, but for some of its rows.
+    unquantized weight that is to be int8 never is, but for some of its rows, unless it comes transposed.
     """
 
     def __init__(
@@ -154,8 +125,12 @@ class Linear:
         bias: bool,
         mode: QuantizationMode,
         embedding: bool = False,
+        order: Tensor | None = None,
+        transposed: bool = False,
     ) -> None:
-        """embedding: whether the weight is a table of token vectors too, read by rows through `ops.embedding`."""
+        """embedding: whether the weight is a table of token vectors too, read by rows through `ops.embedding`.
+        order: where each row of the checkpoint has its place, int64 [N]; None: as they come. transposed: the
+        checkpoint has it as [K, N]; of one part, and in the order in which it comes."""
         self.ops = ops
         self.in_features = in_features
         self.out_features = sum(parts.values())
@@ -165,26 +140,35 @@ class Linear:
         self.embedding = embedding
         self.weight: LinearWeight
         shape = (self.out_features, in_features)
-        self._weight_rows = _Rows(shape) if mode == "none" else _Int8Rows(shape, ops.device)
-        self._bias_rows = _Rows((self.out_features,))
+        self.transposed = transposed
+        self._weight_rows: Rows | Int8Rows | Columns
+        if transposed:
+            self._weight_rows = Columns(shape)
+        else:
+            self._weight_rows = Rows(shape, order) if mode == "none" else Int8Rows(shape, ops.device, order)
+        self._bias_rows = Rows((self.out_features,), order)
 
     def slots(self, prefix: str) -> dict[str, Slot]:
         """The slots of every part, under the checkpoint names `prefix` + part + .weight (and .bias)."""
         slots: dict[str, Slot] = {}
         start = 0
         for part, rows in self.parts.items():
-            slots[f"{prefix}{part}.weight"] = self._slot(self._weight_rows, start, (rows, self.in_features), self.mode)
+            shape = (self.in_features, rows) if self.transposed else (rows, self.in_features)
+            slots[f"{prefix}{part}.weight"] = self._slot(self._weight_rows, start, shape, self.mode)
             if self.has_bias:
                 slots[f"{prefix}{part}.bias"] = self._slot(self._bias_rows, start, (rows,), "none")
             start += rows
         return slots
 
-    def _slot(self, rows: _Rows | _Int8Rows, start: int, shape: tuple[int, ...], mode: QuantizationMode) -> Slot:
+    def _slot(
+        self, rows: Rows | Int8Rows | Columns, start: int, shape: tuple[int, ...], mode: QuantizationMode
+    ) -> Slot:
         def put(first: int, piece: Tensor | QuantizedWeight) -> None:
             rows.put(start + first, piece)
             self._prepare_if_complete()
 
-        return Slot(shape, put, self.out_features * self.in_features, mode)
+        transposed = self.transposed and rows is self._weight_rows
+        return Slot(shape, put, self.out_features * self.in_features, mode, transposed=transposed)
 
     def _prepare_if_complete(self) -> None:
         weight, bias = self._weight_rows, self._bias_rows
@@ -210,114 +194,67 @@ class Linear:
         return self.weight.nbytes
 
 
-class _Rows:
-    """A tensor that arrives in pieces along its first dimension."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.missing = shape[0]
-        self.buffer: Tensor | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self.missing == 0
-
-    def put(self, start: int, piece: Tensor | QuantizedWeight) -> None:
-        """Copy a piece to the rows from `start` on."""
-        if isinstance(piece, QuantizedWeight):
-            raise ValueError("piece is quantized; this tensor takes unquantized rows")
-        if self.buffer is None:
-            self.buffer = torch.empty(self.shape, dtype=piece.dtype)
-        elif self.buffer.dtype != piece.dtype:
-            self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, piece.dtype))
-        self.buffer[start : start + piece.shape[0]].copy_(piece)
-        self.missing -= piece.shape[0]
-
-    def take(self) -> Tensor:
-        """Hand out the whole tensor and forget it. Raises RuntimeError if nothing has arrived."""
-        if self.buffer is None:
-            raise RuntimeError("a weight was taken before it arrived")
-        buffer, self.buffer = self.buffer, None
-        self.missing = self.shape[0]
-        return buffer
-
-
-class _Int8Rows:
-    """A weight [N, K] that arrives in pieces of rows and is kept as int8, on the device that it is for.
-
-    Quantized by rows, so that the result is the same however they are cut.
-    """
-
-    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
-        self.shape = shape
-        self.device = device
-        self.missing = shape[0]
-        self.weight: QuantizedWeight | None = None
-
-    @property
-    def complete(self) -> bool:
-        return self.missing == 0
-
-    def put(self, start: int, piece: Tensor | QuantizedWeight) -> None:
-        """Quantize a piece into the rows from `start` on, or copy it if it is quantized."""
-        if self.weight is None:
-            values = torch.empty(self.shape, dtype=torch.int8, device=self.device)
-            self.weight = QuantizedWeight(values, torch.empty(self.shape[0], device=self.device))
-        values, scales = self.weight.values, self.weight.scales
-        count = piece.shape[0]
-        if isinstance(piece, QuantizedWeight):
-            values[start : start + count].copy_(piece.values)
-            scales[start : start + count].copy_(piece.scales)
-        else:
-            step = max(1, _QUANTIZED_AT_A_TIME // self.shape[1])
-            for first in range(0, count, step):
-                rows = piece[first : first + step].to(self.device)
-                target = slice(start + first, start + first + rows.shape[0])
-                values[target], scales[target] = quantize_rows(rows)
-        self.missing -= count
-
-    def take(self) -> QuantizedWeight:
-        """Hand out the whole weight and forget it. Raises RuntimeError if nothing has arrived."""
-        if self.weight is None:
-            raise RuntimeError("a weight was taken before it arrived")
-        weight, self.weight = self.weight, None
-        self.missing = self.shape[0]
-        return weight
-
-
 class Attention:
     """Causal self-attention with grouped queries (arXiv:2305.13245) over one layer's paged KV cache."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, layer: int, precision: Precision, prefix: str) -> None:
-        """prefix: of the projections' names in a checkpoint."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        layer: int,
+        precision: Precision,
+        order: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
+        """order, transposed: of the projections in the checkpoint, as in `Linear`; order: of q, k and v together."""
+        names = config.names
         self.ops = ops
-        self.prefix = prefix
+        self.names = names
+        self.prefix = names.layer.format(layer)
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.window = config.layer_window(layer)
-        self.scale = 1.0 / math.sqrt(config.head_dim)
-        self.eps = config.rms_norm_eps
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
+        self.eps = config.norm_eps
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        qkv, output = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}, {"o_proj": config.hidden_size}
-        self.qkv = Linear(ops, config.hidden_size, qkv, config.attention_bias, precision.of(prefix, qkv))
-        self.output = Linear(ops, q_size, output, config.attention_output_bias, precision.of(prefix, output))
-        self.query_norm = Norm(ops, config.head_dim) if config.qk_norm else None
-        self.key_norm = Norm(ops, config.head_dim) if config.qk_norm else None
+        sizes = (q_size, kv_size, kv_size) if len(names.qkv) == 3 else (q_size + 2 * kv_size,)
+        qkv, output = dict(zip(names.qkv, sizes, strict=True)), {names.output: config.hidden_size}
+        mode = precision.of(self.prefix, qkv)
+        bias = config.attention_bias
+        self.qkv = Linear(ops, config.hidden_size, qkv, bias, mode, order=order, transposed=transposed)
+        mode, bias = precision.of(self.prefix, output), config.attention_output_bias
+        self.output = Linear(ops, q_size, output, bias, mode, transposed=transposed)
+        self.norms_heads = config.qk_norm == "head"
+        self.query_norm = self.key_norm = None
+        if config.qk_norm is not None:
+            self.query_norm = Norm(config, ops, config.head_dim if self.norms_heads else q_size, of_heads=True)
+            self.key_norm = Norm(config, ops, config.head_dim if self.norms_heads else kv_size, of_heads=True)
 
     def slots(self) -> dict[str, Slot]:
         """The slots of the projections and, if any, of the norms of q and k."""
         prefix = self.prefix
         slots = self.qkv.slots(prefix) | self.output.slots(prefix)
         if self.query_norm is not None and self.key_norm is not None:
-            slots |= self.query_norm.slots(f"{prefix}q_norm") | self.key_norm.slots(f"{prefix}k_norm")
+            slots |= self.query_norm.slots(prefix + self.names.query_norm)
+            slots |= self.key_norm.slots(prefix + self.names.key_norm)
         return slots
 
     def __call__(self, x: Activations, rotary: RotaryTable, kv_cache: KVCache, plan: AttentionPlan) -> Tensor:
         """x [T, H] -> [T, H]; writes the K and V of the T tokens to `kv_cache`."""
+        return self.attend(self.qkv(x), rotary, kv_cache, plan)
+
+    def attend(self, packed: Tensor, rotary: RotaryTable, kv_cache: KVCache, plan: AttentionPlan) -> Tensor:
+        """packed [T, (Hq + 2 Hkv) * D], what `qkv` made of x -> [T, H]."""
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        packed = self.qkv(x)
         num_tokens = packed.shape[0]
         query, key, value = torch.split(packed, [q_size, kv_size, kv_size], dim=1)  # views [T, heads * D]
+        head_norms: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.query_norm is not None and self.key_norm is not None:
+            weights = self.query_norm.weight, self.key_norm.weight
+            if self.norms_heads:
+                head_norms = weights
+            else:
+                query, key = self.ops.norm_query_key(query, key, *weights, self.eps)
         query = self.ops.write_kv(
             query.view(num_tokens, self.num_heads, self.head_dim),
             key.view(num_tokens, self.num_kv_heads, self.head_dim),
@@ -325,11 +262,10 @@ class Attention:
             rotary,
             kv_cache,
             plan,
-            None if self.query_norm is None else self.query_norm.weight,
-            None if self.key_norm is None else self.key_norm.weight,
+            *head_norms,
             self.eps,
         )
-        return self.output(self.ops.paged_attention(query, kv_cache, plan, self.scale))
+        return self.output(self.ops.paged_attention(query, kv_cache, plan, self.scale, self.softcap))
 
     @property
     def nbytes(self) -> int:
@@ -338,24 +274,39 @@ class Attention:
 
 
 class MLP:
-    """The gated feed-forward layer: down(silu(gate(x)) * up(x)) (SwiGLU, arXiv:2002.05202)."""
+    """The feed-forward layer: down(activation(gate(x)) * up(x)) (arXiv:2002.05202), or down(activation(up(x)))."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, precision: Precision, prefix: str) -> None:
-        """prefix: of the projections' names in a checkpoint."""
+    def __init__(
+        self, config: ModelConfig, ops: Ops, layer: int, precision: Precision, transposed: bool = False
+    ) -> None:
+        """transposed: the checkpoint has the weights as [K, N]."""
+        names = config.names
         self.ops = ops
-        self.prefix = prefix
+        self.prefix = names.layer.format(layer)
+        self.activation, self.gated = config.activation, config.gated
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        gate_up, down = {"gate_proj": inner, "up_proj": inner}, {"down_proj": hidden}
-        self.gate_up = Linear(ops, hidden, gate_up, bias, precision.of(prefix, gate_up))
-        self.down = Linear(ops, inner, down, bias, precision.of(prefix, down))
+        # Gate and up are two tensors in most checkpoints, and one in Phi-3's.
+        rows = (2 * inner if config.gated else inner) // len(names.gate_up)
+        gate_up, down = dict.fromkeys(names.gate_up, rows), {names.down: hidden}
+        mode = precision.of(self.prefix, gate_up)
+        self.gate_up = Linear(ops, hidden, gate_up, bias, mode, transposed=transposed)
+        self.down = Linear(ops, inner, down, bias, precision.of(self.prefix, down), transposed=transposed)
 
     def slots(self) -> dict[str, Slot]:
-        """The slots of the three projections."""
+        """The slots of the projections."""
         return self.gate_up.slots(self.prefix) | self.down.slots(self.prefix)
 
     def __call__(self, x: Activations) -> Tensor:
         """x [T, H] -> [T, H]."""
-        return self.down(self.ops.silu_mul(self.gate_up(x), self.down.quantizes_input))
+        inner, quantize = self.gate_up(x), self.down.quantizes_input
+        if not self.gated:
+            return self.down(self.ops.gelu(inner, self.activation == "gelu_tanh", quantize))
+        return self.down((self.ops.silu_mul if self.activation == "silu" else self.ops.gelu_mul)(inner, quantize))
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether what comes before should hand over quantized activations."""
+        return self.gate_up.quantizes_input
 
     @property
     def nbytes(self) -> int:

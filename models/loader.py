@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.ops import Ops, QuantizationMode, QuantizedWeight
-    from models.layers import DecoderModel, Slot
+    from models.layers import DecoderModel
     from models.reader import TensorReader
+    from models.slots import Slot
 
 __all__ = [
     "LoadProgress",
@@ -47,8 +48,9 @@ __all__ = [
 ]
 
 # Tensors that old checkpoints carry and that are computed here: the rotary frequencies and the causal mask.
-_IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)")
-_PACKED_HEAD = "lm_head.weight_packed"
+_IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)|.*\bh\.\d+\.attn\.bias|.*\.attention\.bias")
+# What the modules of some models are under; files of a model without a head leave it out.
+_PREFIX = "transformer."
 
 _ADVICE = "check that config.json belongs to these weights, or download the model again"
 _USE_ORIGINAL = "use the checkpoint that this one was quantized from"
@@ -100,7 +102,8 @@ def load_model(
 
     config = load_config(path)
     checkpoint = open_checkpoint(path)
-    if config.tie_word_embeddings and ("lm_head.weight" in checkpoint.tensors or _PACKED_HEAD in checkpoint.tensors):
+    head = config.names.head
+    if config.tie_word_embeddings and {f"{head}.weight", f"{head}.weight_packed"} & checkpoint.tensors.keys():
         # The file has a head of its own, which may differ from the embedding: what is stored is what is run.
         config = replace(config, tie_word_embeddings=False)
 
@@ -197,6 +200,8 @@ def find_sources(
     from models.reader import check_size
 
     stored = {name: tensor for name, tensor in checkpoint.tensors.items() if not _IGNORED.fullmatch(name)}
+    if config.names.table.startswith(_PREFIX) and not any(name.startswith(_PREFIX) for name in stored):
+        stored = {_PREFIX + name: tensor for name, tensor in stored.items()}
     missing = list[str]()
     unused = dict(stored)
 
@@ -224,6 +229,8 @@ def find_sources(
         if not config.quantization.covers(module):
             sources[name] = Source(take(name, STORED_DTYPES, [slot.shape], _DISAGREE))
             continue
+        if slot.transposed:
+            raise ModelError(f"{module} is int8 in {path} and stored transposed, which is not read; {_USE_ORIGINAL}")
         if slot.mode == "none":
             raise ModelError(f"{module} is int8 in {path}, so it cannot stay unquantized")
         rows, columns = slot.shape
@@ -250,7 +257,7 @@ def random_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Normal weights of standard deviation `std` in the checkpoint's dtype, drawn in the order of the slots.
 
-    The weights of norms are around 1 instead of 0.
+    The weights of norms are around 1 instead of 0, or such that they are with what is added to them.
     """
     import torch
 
@@ -258,8 +265,8 @@ def random_tensors(
     dtype = getattr(torch, config.dtype)
     for name, slot in slots.items():
         tensor = torch.randn(slot.shape, generator=generator) * std
-        if "norm" in name.rpartition(".")[0].rpartition(".")[2]:
-            tensor += 1.0
+        if slot.mean:
+            tensor += slot.mean
         yield name, tensor.to(dtype)
 
 

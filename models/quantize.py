@@ -28,13 +28,13 @@ from models.checkpoint import ELEMENT_BYTES, is_weights, open_checkpoint, read_c
 from models.compressed_tensors import FIELD, Int8Mode, write_quantization
 from models.config import ModelConfig
 from models.errors import ModelError
-from models.layers import Slot
 from models.loader import LoadProgress, Source, find_sources, load_config, new_model
 from models.reader import TensorReader
+from models.slots import Slot
 
 # Of one file, as transformers' save_pretrained has it.
 MAX_SHARD_BYTES = 5 * 10**9
-# The table of token vectors and the head, by the names that they have in every architecture here.
+# The table of token vectors and the head, whatever an architecture calls them.
 TABLE, HEAD = "model.embed_tokens", "lm_head"
 
 # change(tensor name, some of its rows, index of the first) -> what is written, or quantized, in place of them.
@@ -78,22 +78,29 @@ def quantize_checkpoint(
     if config.quantization is not None:
         raise ModelError(f"{source} is quantized already; use the checkpoint that it was quantized from")
     checkpoint = open_checkpoint(source)
-    if config.tie_word_embeddings and f"{HEAD}.weight" in checkpoint.tensors:
+    table, head = config.names.table, config.names.head
+    keep = [{TABLE: table, HEAD: head}.get(module, module) for module in keep]
+    if config.tie_word_embeddings and f"{head}.weight" in checkpoint.tensors:
         config = replace(config, tie_word_embeddings=False)
     # A model that is never filled, for the names and shapes of its slots. Of its rotary tables no more than a row.
     slots = new_model(replace(config, max_position_embeddings=1), ReferenceOps(), mode, _keeps(config, keep)).slots()
-    if unknown := [module for module in keep if module != HEAD and f"{module}.weight" not in slots]:
+    if unknown := [module for module in keep if module != head and f"{module}.weight" not in slots]:
         raise ModelError(f"{unknown[0]} cannot stay unquantized: there is no such module in {source}")
+    if turned := [name for name, slot in slots.items() if slot.transposed]:
+        raise ModelError(
+            f"{turned[0]} in {source} is stored transposed, for which there is no int8 format; serve the model as "
+            f"it is with --quantization {mode}, which quantizes while it loads"
+        )
     sources = find_sources(source, checkpoint, config, slots)
     writer = _Writer(target, slots, sources, change, progress, [])
     shards = writer.shards(max_shard_bytes)
     needed = sum(place.num_bytes for shard in shards for place in shard)
     kept = sorted(name.removesuffix(".weight") for name, slot in slots.items() if _is_kept_linear(name, slot))
-    embedding = TABLE not in kept
+    embedding = table not in kept
     if config.tie_word_embeddings and not embedding:
-        kept.append(HEAD)  # which has no tensor of its own, so nobody must look for its scales
-    if TABLE in kept:
-        kept.remove(TABLE)  # no group of the format has it then
+        kept.append(head)  # which has no tensor of its own, so nobody must look for its scales
+    if table in kept:
+        kept.remove(table)  # no group of the format has it then
 
     created = [folder for folder in (target, *target.parents) if not folder.exists()]
     written = writer.written
@@ -127,8 +134,8 @@ def quantize_checkpoint(
 
 def _keeps(config: ModelConfig, keep: Collection[str]) -> Callable[[str], bool]:
     names = set(keep)
-    if config.tie_word_embeddings and HEAD in names:
-        names.add(TABLE)
+    if config.tie_word_embeddings and config.names.head in names:
+        names.add(config.names.table)
     return names.__contains__
 
 

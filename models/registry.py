@@ -16,14 +16,24 @@ if TYPE_CHECKING:
 
     ModelClass = Callable[[ModelConfig, Ops, QuantizationMode, Callable[[str], bool] | None], DecoderModel]
 
-# Architecture name in config.json -> "module:class". One class may serve several names: these five differ only in
-# what models.config reads from their configuration (biases, QK norm, sliding windows, layers without rotation).
+# Architecture name in config.json -> "module:class". One class may serve several names: those differ only in what
+# models.config reads from their configuration.
 ARCHITECTURES: dict[str, str] = {
+    "GPT2LMHeadModel": "models.gpt2:GPT2",
+    "GPTNeoXForCausalLM": "models.gpt_neox:GPTNeoX",
+    "Gemma2ForCausalLM": "models.gemma:Gemma",
+    "Gemma3ForCausalLM": "models.gemma:Gemma",
+    "GraniteForCausalLM": "models.llama:Llama",
     "LlamaForCausalLM": "models.llama:Llama",
     "MistralForCausalLM": "models.llama:Llama",
+    "MixtralForCausalLM": "models.mixtral:Mixtral",
+    "Olmo2ForCausalLM": "models.olmo2:Olmo2",
+    "Phi3ForCausalLM": "models.llama:Llama",
     "Qwen2ForCausalLM": "models.llama:Llama",
     "Qwen3ForCausalLM": "models.llama:Llama",
+    "Qwen3MoeForCausalLM": "models.mixtral:Mixtral",
     "SmolLM3ForCausalLM": "models.llama:Llama",
+    "StableLmForCausalLM": "models.gpt_neox:StableLM",
 }
 
 

@@ -12,27 +12,50 @@ import torch
 from torch import Tensor
 
 from kernels.ops import RotaryTable
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
+from models.rope import RopeScaling
 
 
 def rotary_table(config: ModelConfig, device: torch.device) -> RotaryTable:
-    """The table of every position of the model, float32 [max_position_embeddings, D / 2]."""
-    frequencies = _frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
-    angles = positions[:, None] * frequencies[None, :]
-    amplitude = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
-    return RotaryTable(cos=(angles.cos() * amplitude).to(device), sin=(angles.sin() * amplitude).to(device))
+    """The table of every position of the model, float32 [max_position_embeddings, rotary_dim / 2]."""
+    frequencies = _frequencies(config.rotary_dim, config.rope_theta, config.rope_scaling)
+    return _table(config, frequencies, config.rope_scaling.attention_factor if config.rope_scaling else 1.0, device)
+
+
+def layer_tables(config: ModelConfig, device: torch.device) -> list[RotaryTable]:
+    """The table of each layer: that of `rotary_table`, that of layers with a window, or one that rotates by nothing."""
+    found: dict[str, RotaryTable] = {}
+    for layer in range(config.num_layers):
+        kind = config.rotary_kind(layer)
+        if kind in found:
+            continue
+        if kind == "full":
+            found[kind] = rotary_table(config, device)
+        elif kind == "none":
+            found[kind] = identity_table(config, device)
+        else:
+            assert config.sliding_rope_theta is not None
+            found[kind] = _table(config, _frequencies(config.rotary_dim, config.sliding_rope_theta, None), 1.0, device)
+    return [found[config.rotary_kind(layer)] for layer in range(config.num_layers)]
 
 
 def identity_table(config: ModelConfig, device: torch.device) -> RotaryTable:
     """The table that rotates by nothing, for layers without positions: x * 1 - y * 0 is x to the bit."""
-    shape = (config.max_position_embeddings, config.head_dim // 2)
+    shape = (config.max_position_embeddings, config.rotary_dim // 2)
     return RotaryTable(cos=torch.ones(shape, device=device), sin=torch.zeros(shape, device=device))
 
 
-def _frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+def _table(config: ModelConfig, frequencies: Tensor, amplitude: float, device: torch.device) -> RotaryTable:
+    positions = torch.arange(config.max_position_embeddings, dtype=torch.float32)
+    angles = positions[:, None] * frequencies[None, :]
+    return RotaryTable(cos=(angles.cos() * amplitude).to(device), sin=(angles.sin() * amplitude).to(device))
+
+
+def _frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
     """Angle per position of each pair of elements: theta^(-2i/D), scaled; float32 [D / 2]."""
-    powers = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    powers = theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    if scaling is not None and scaling.kind == "longrope":
+        return 1.0 / (torch.tensor(scaling.factors) * powers)
     frequencies = 1.0 / powers
     if scaling is None:
         return frequencies

@@ -96,6 +96,7 @@ def calibrate(
 def _fold(model: Llama, watched: _ChannelOps, strength: float) -> Smoothing:
     rows: dict[str, Tensor] = {}
     columns: dict[str, Tensor] = {}
+    names = model.config.names
 
     def move(prefix: str, linear: Linear, norm: str) -> None:
         factors = watched.factors(linear.weight, strength)
@@ -104,14 +105,17 @@ def _fold(model: Llama, watched: _ChannelOps, strength: float) -> Smoothing:
         rows[f"{norm}.weight"] = 1 / factors
 
     for index, layer in enumerate(model.layers):
-        prefix = f"model.layers.{index}."
-        move(f"{prefix}self_attn.", layer.attention.qkv, f"{prefix}input_layernorm")
-        move(f"{prefix}mlp.", layer.mlp.gate_up, f"{prefix}post_attention_layernorm")
+        prefix = names.layer.format(index)
+        move(prefix, layer.attention.qkv, prefix + names.attention_norm)
+        move(prefix, layer.mlp.gate_up, prefix + names.mlp_norm)
         factors = watched.factors(layer.mlp.down.weight, strength)
-        columns[f"{prefix}mlp.down_proj.weight"] = factors
-        rows[f"{prefix}mlp.up_proj.weight"] = rows[f"{prefix}mlp.up_proj.bias"] = 1 / factors
+        columns[f"{prefix}{names.down}.weight"] = factors
+        # up is the second of two tensors, or the second half of one.
+        up = f"{prefix}{names.gate_up[-1]}"
+        scale = 1 / factors if len(names.gate_up) == 2 else torch.cat([torch.ones_like(factors), 1 / factors])
+        rows[f"{up}.weight"] = rows[f"{up}.bias"] = scale
     if model.head is not model.table:
-        move("", model.head, "model.norm")
+        move("", model.head, names.norm)
     return Smoothing(rows, columns)
 
 

@@ -14,8 +14,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.checks import check_weight
+from kernels.checks import (
+    check_experts,
+    check_layer_norm,
+    check_mixture,
+    check_positions,
+    check_query_key,
+    check_residual,
+    check_softcap,
+    check_weight,
+)
 from kernels.cpu import linear, native
+from kernels.cpu.experts import CpuExperts
 from kernels.cpu.kv_cache import CpuKVCache, allocate
 from kernels.cpu.linear import CpuLinear
 from kernels.cpu.native import SCRATCH_FLOATS, Team
@@ -26,6 +36,7 @@ from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -122,16 +133,38 @@ class CpuOps:
                 self._recording = None
         return Program(self.team, recording, token_ids, result)
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> its rows float32 [T, H]."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows float32 [T, H], times `scale`."""
         own = _own_weight(weight)
         if token_ids.dim() != 1 or token_ids.dtype != torch.int64:
             raise ValueError(f"token_ids must be int64 [T], got {token_ids.dtype} {tuple(token_ids.shape)}")
         ids = token_ids.contiguous()
         y = self._new("embedding", ids.shape[0], (own.in_features,))
         numbers = (own.out_features, own.in_features, y.stride(0))
-        self._do(native.EMBEDDING, ids.shape[0], (ids, own.packed, own.scales, y), numbers, own.type)
+        self._do(native.EMBEDDING, ids.shape[0], (ids, own.packed, own.scales, y), numbers, own.type, scale)
         return y
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: CpuPlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions."""
+        check_positions(x, table, plan.longest)
+        if len(x) != plan.num_tokens:
+            raise ValueError(f"x has {len(x)} rows; the plan has {plan.num_tokens} tokens")
+        x, table = _floats(x), _floats(table).contiguous()
+        if self._recording is not None:
+            self._recording.bound(max_positions=len(table))
+        y = self._new("positioned", len(x), (x.shape[1],))
+        self._do(native.ADD_POSITIONS, len(x), (x, table, y), (x.shape[1], x.stride(0), y.stride(0)), plan=plan)
+        return y
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual."""
+        check_residual(x, residual)
+        x, residual = _floats(x), _floats(residual)
+        rows, width = x.shape
+        total = self._new("total", rows, (width,))  # may be the residual's, as in `_norm`
+        numbers = (width, x.stride(0), residual.stride(0), total.stride(0))
+        self._do(native.ADD, rows, (x, residual, total), numbers)
+        return total
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight (arXiv:1910.07467)."""
@@ -141,12 +174,58 @@ class CpuOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual)."""
-        if x.shape != residual.shape:
-            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+        check_residual(x, residual)
         return self._norm(x, residual, weight, eps, quantize)
 
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D] -> each normalized over all its heads together."""
+        check_query_key(query, key, query_weight, key_weight)
+        # Of the same width they would share a buffer if its name were the same.
+        normed_query, _ = self._norm(query, None, query_weight, eps, False, "query norm")
+        normed_key, _ = self._norm(key, None, key_weight, eps, False, "key norm")
+        return normed_query, normed_key
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (arXiv:1607.06450)."""
+        return self._layer_norm("layer norm", x, None, weight, bias, eps, quantize)[0]
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual)."""
+        check_residual(x, residual)
+        return self._layer_norm("add layer norm", x, residual, weight, bias, eps, quantize)
+
+    def _layer_norm(
+        self,
+        name: str,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        quantize: bool,
+    ) -> tuple[Activations, Tensor]:
+        check_layer_norm(x, weight, bias)
+        rows, width = x.shape
+        _check_width(width)
+        x, weight, bias = _floats(x), _floats(weight), None if bias is None else _floats(bias)
+        total, other_stride = x, 0
+        if residual is not None:
+            residual = _floats(residual)
+            other_stride = residual.stride(0)
+            total = self._new("total", rows, (width,))  # may be the residual's, as in `_norm`
+        y, values, scales = self._result(name, rows, width, quantize)
+        numbers = (width, x.stride(0), other_stride, total.stride(0), values.stride(0))
+        self._do(native.LAYER_NORM, rows, (x, residual, weight, bias, total, values, scales), numbers, f=eps)
+        return y, total
+
     def _norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quantize: bool
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quantize: bool, name: str = "norm"
     ) -> tuple[Activations, Tensor]:
         if x.dim() != 2 or weight.shape != x.shape[1:]:
             raise ValueError(f"weight must be [H] for x [T, H], got {tuple(weight.shape)} and {tuple(x.shape)}")
@@ -159,7 +238,7 @@ class CpuOps:
             other_stride = residual.stride(0)
             # May be the buffer that `residual` is in: each element is read before it is written.
             total = self._new("total", rows, (width,))
-        y, values, scales = self._result("norm", rows, width, quantize)
+        y, values, scales = self._result(name, rows, width, quantize)
         numbers = (width, x.stride(0), other_stride, total.stride(0), values.stride(0))
         self._do(native.NORM, rows, (x, residual, weight, total, values, scales), numbers, f=eps)
         return y, total
@@ -192,6 +271,66 @@ class CpuOps:
         self._do(native.LINEAR, rows.shape[0], (rows, scales, own.packed, own.scales, own.bias, y), numbers, own.type)
         return y
 
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> CpuExperts:
+        """Pack the weights, one expert's panels after the other's."""
+        check_experts(weight, num_experts)
+        return CpuExperts(num_experts, _own_weight(self.prepare_linear(weight, None, mode)))
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H]: the rows of each expert together, at places that are found when they are computed."""
+        if not isinstance(gate_up, CpuExperts) or not isinstance(down, CpuExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        tokens, hidden = x.shape
+        count, inner = gate_up.num_experts, down.in_features
+        _check_width(8 * max(hidden, inner, count))  # as many rows of a tile are gathered
+        x = _floats(x)
+        logits = self.linear(x, router)
+        chosen = self._new("chosen experts", tokens, (top_k,), torch.int32)
+        weights = self._new("expert weights", tokens, (top_k,))
+        numbers = (count, top_k, logits.stride(0))
+        self._do(native.ROUTE, tokens, (logits, chosen, weights), numbers, int(normalize))
+        offsets = torch.empty(count + 1, dtype=torch.int32)
+        pairs = self._new("expert pairs", tokens, (top_k,), torch.int32)
+        self._do(native.GROUP, tokens, (chosen, offsets, pairs), (count, top_k))
+
+        both = self._new("expert gate and up", tokens, (top_k, 2 * inner))
+        first: Activations = self.quantize(x) if gate_up.stacked.mode == "w8a8" else x
+        self._expert_linear(first, gate_up, both, offsets, pairs, top_k)
+        quantized = down.stacked.mode == "w8a8"
+        width = self._padded(inner) if quantized else inner
+        gated = self._new("expert gated", tokens, (top_k, width), self._row_dtype if quantized else torch.float32)
+        scales = self._new("expert gated scales", tokens, (top_k,)) if quantized else None
+        self._do(native.GATED, tokens, (both, gated, scales), (inner, 2 * inner, width), per_token=top_k)
+        made = self._new("expert output", tokens, (top_k, hidden))
+        second: Activations = gated.view(tokens * top_k, width)
+        if scales is not None:
+            second = QuantizedActivations(second, scales.view(tokens * top_k))
+        self._expert_linear(second, down, made, offsets, pairs, 1)
+        y = self._new("experts", tokens, (hidden,))
+        self._do(native.COMBINE, tokens, (made, weights, y), (hidden, top_k, hidden, y.stride(0)))
+        return y
+
+    def _expert_linear(
+        self, x: Activations, weight: CpuExperts, y: Tensor, offsets: Tensor, pairs: Tensor, divisor: int
+    ) -> None:
+        """x [T * k / divisor, K] -> y [T, k, N], of which each row is made by its expert."""
+        rows, scales = (x.values, x.scales) if isinstance(x, QuantizedActivations) else (x, None)
+        own = weight.stacked
+        pointers = (rows, scales, own.packed, own.scales, y, offsets, pairs)
+        numbers = (weight.out_features, own.in_features, rows.stride(0), y.stride(1), weight.num_experts, divisor)
+        self._do(native.EXPERT_LINEAR, y.shape[0], pointers, numbers, own.type)
+
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
         return self._gated(gate_up, 0, quantize)
@@ -208,6 +347,25 @@ class CpuOps:
         gate_up = _floats(gate_up)
         y, values, scales = self._result("gated", rows, width, quantize)
         self._do(native.GATED, rows, (gate_up, values, scales), (width, gate_up.stride(0), values.stride(0)), kind)
+        return y
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I], in its tanh form or exactly (arXiv:1606.08415)."""
+        rows, width = x.shape
+        _check_width(width)
+        x = _floats(x)
+        y, values, scales = self._result("gelu", rows, width, quantize)
+        numbers = (width, x.stride(0), values.stride(0))
+        self._do(native.UNGATED, rows, (x, values, scales), numbers, 0 if tanh else 1)
+        return y
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap)."""
+        check_softcap(cap)
+        rows, width = logits.shape
+        x = _floats(logits)
+        y = self._new("softcap", rows, (width,))
+        self._do(native.SOFTCAP, rows, (x, y), (width, x.stride(0), y.stride(0)), f=cap)
         return y
 
     def write_kv(
@@ -322,10 +480,13 @@ class CpuOps:
         f: float = 0.0,
         softcap: float = 0.0,
         plan: CpuPlan | None = None,
+        per_token: int = 1,
     ) -> None:
-        """Carry a command out, or write it down: then for as many rows as a step will have tokens."""
+        """Carry a command out, or write it down: then for as many rows as a step will have tokens. `per_token` rows of
+        the operation belong to each of `rows`."""
         recording = self._recording
-        made = native.command(op, -1 if recording is not None else rows, pointers, numbers, flags, f)
+        count = -per_token if recording is not None else rows * per_token
+        made = native.command(op, count, pointers, numbers, flags, f)
         made.f[1] = softcap
         if recording is None:
             self.team.run(made, 1, None if plan is None else plan.struct)

@@ -29,7 +29,18 @@ CAPABILITIES = (80, 90, 100)
 SHARED_MEMORY_BYTES = {80: 166_912, 90: 232_448, 100: 232_448}
 """The most shared memory that one block may have, by capability (CUDA C++ Programming Guide, table of capabilities)."""
 
-MODULES = ("attention", "kv_cache", "linear", "norm", "activation", "sampling", "plan")
+MODULES = (
+    "attention",
+    "kv_cache",
+    "linear",
+    "experts",
+    "norm",
+    "layer_norm",
+    "activation",
+    "pointwise",
+    "sampling",
+    "plan",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ def _weight_operand(w, dtype: tl.constexpr):
 
 
 @triton.jit
-def _chain(
+def chain(
     acc,  # [BLOCK_N, BLOCK_M], float32, or int32 for int8 rows
     w_ptrs,  # [BLOCK_N, BLOCK_K], at first_k
     x_ptrs,  # [BLOCK_K, BLOCK_M], at first_k
@@ -142,7 +142,7 @@ def _linear(
     if SPLIT:
         first_k = segment * SEGMENT_K
         last_k = tl.minimum(first_k + SEGMENT_K, K)
-        acc = _chain(zero, w_ptrs + first_k, x_ptrs + first_k, first_k, last_k, BLOCK_K, EVEN_K)
+        acc = chain(zero, w_ptrs + first_k, x_ptrs + first_k, first_k, last_k, BLOCK_K, EVEN_K)
         own = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         own_ptrs = partials_ptr + tile.to(tl.int64) * (BLOCK_N * BLOCK_M) + own
         stride = tiles.to(tl.int64) * (BLOCK_N * BLOCK_M)
@@ -162,10 +162,10 @@ def _linear(
         total = zero
         for first_k in range(0, K, SEGMENT_K):
             last_k = tl.minimum(first_k + SEGMENT_K, K)
-            total += _chain(zero, w_ptrs + first_k, x_ptrs + first_k, first_k, last_k, BLOCK_K, EVEN_K)
+            total += chain(zero, w_ptrs + first_k, x_ptrs + first_k, first_k, last_k, BLOCK_K, EVEN_K)
         _store(total, n, m, rows, N, w_scales_ptr, x_scales_ptr, bias_ptr, out_ptr)
     else:
-        acc = _chain(zero, w_ptrs, x_ptrs, 0, K, BLOCK_K, EVEN_K)
+        acc = chain(zero, w_ptrs, x_ptrs, 0, K, BLOCK_K, EVEN_K)
         _store(acc, n, m, rows, N, w_scales_ptr, x_scales_ptr, bias_ptr, out_ptr)
 
 
@@ -225,8 +225,11 @@ def prepare(
     return CudaLinear(quantized, scales, own_bias, mode, dtype)
 
 
-def linear(x: Tensor | QuantizedActivations, weight: CudaLinear, workspace: Workspace) -> Tensor:
-    """x [T, K], contiguous, in the weight's dtype (w8a8: `QuantizedActivations`) -> [T, N] in the weight's dtype.
+def linear(
+    x: Tensor | QuantizedActivations, weight: CudaLinear, workspace: Workspace, dtype: torch.dtype | None = None
+) -> Tensor:
+    """x [T, K], contiguous, in the weight's dtype (w8a8: `QuantizedActivations`) -> [T, N] in `dtype`; None: the
+    weight's.
 
     y = x @ W^T, times the row's scale (w8a8) and the feature's (int8 weights), plus the bias; accumulated in float32,
     w8a8 exactly in int32; rounded once. A row whose scale is not finite gives a row that is not finite. Raises
@@ -250,7 +253,7 @@ def linear(x: Tensor | QuantizedActivations, weight: CudaLinear, workspace: Work
             f"strides {values.stride()}"
         )
     rows = values.shape[0]
-    out = torch.empty((rows, n), dtype=weight.dtype, device=values.device)
+    out = torch.empty((rows, n), dtype=dtype or weight.dtype, device=values.device)
     if rows:
         how = launch(weight.mode, weight.dtype, n, k, rows)
         partials = counters = None

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.checks import check_attention
-from kernels.cuda import activation, attention, linear, norm, sampling
+from kernels.checks import (
+    check_attention,
+    check_experts,
+    check_mixture,
+    check_positions,
+    check_query_key,
+    check_residual,
+    check_softcap,
+)
+from kernels.cuda import activation, attention, experts, layer_norm, linear, norm, pointwise, sampling
 from kernels.cuda import kv_cache as kv_cache_module
 from kernels.cuda.common import device_type
+from kernels.cuda.experts import CudaExperts
 from kernels.cuda.kv_cache import CudaKVCache
 from kernels.cuda.linear import CudaLinear
 from kernels.cuda.plan import CudaPlan, check_on_device, make_plan
@@ -22,6 +31,7 @@ from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -83,14 +93,27 @@ class CudaOps:
         self.upload.send()
         return plan
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H], times `scale`."""
         if not isinstance(weight, CudaLinear):
             raise ValueError("weight was not made by this backend's prepare_linear")
         if weight.scales is None:
-            return F.embedding(token_ids, weight.weight)
+            rows = F.embedding(token_ids, weight.weight)
+            return rows if scale == 1.0 else (rows.to(torch.float32) * scale).to(self.dtype)
         rows = weight.weight[token_ids].to(torch.float32) * weight.scales[token_ids, None]
-        return rows.to(self.dtype)
+        return (rows * scale).to(self.dtype)
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: CudaPlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions."""
+        check_positions(x, table, plan.max_seq_len)
+        if self._checks_on_device():
+            check_positions(x, table, int(plan.seq_lens.max()))
+        return x + F.embedding(plan.positions, table)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual."""
+        check_residual(x, residual)
+        return x + residual
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
@@ -100,9 +123,31 @@ class CudaOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is rounded before the norm."""
-        if x.shape != residual.shape:
-            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
+        check_residual(x, residual)
         return norm.rms_norm(x, residual, weight, eps, quantize)
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias (arXiv:1607.06450)."""
+        y = layer_norm.layer_norm(x, None, weight, bias, eps)[0]
+        return norm.quantize(y) if quantize else y
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual); the sum is rounded before the norm."""
+        check_residual(x, residual)
+        y, total = layer_norm.layer_norm(x, residual, weight, bias, eps)
+        return norm.quantize(y) if quantize else y, total
+
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D] -> each normalized over all its heads together, after a copy."""
+        check_query_key(query, key, query_weight, key_weight)
+        query, key = query.contiguous(), key.contiguous()
+        return self.rms_norm(query, query_weight, eps), self.rms_norm(key, key_weight, eps)
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32 (w8a8: in int32, exactly)."""
@@ -116,6 +161,35 @@ class CudaOps:
             return F.linear(x, weight.weight, weight.bias)
         return linear.linear(x, weight, self._workspace)
 
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> CudaExperts:
+        """Move the weights to the device as one, in the backend's dtype or as int8 with a scale for each row."""
+        check_experts(weight, num_experts)
+        return CudaExperts(num_experts, linear.prepare(weight, None, mode, self.device, self.dtype))
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H] by grouped products (see `kernels.cuda.experts`)."""
+        if not isinstance(gate_up, CudaExperts) or not isinstance(down, CudaExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        if not isinstance(router, CudaLinear):
+            raise ValueError("router was not made by this backend's prepare_linear")
+        logits = linear.linear(x, router, self._workspace, torch.float32)
+        chosen, weights = experts.route(logits, top_k, normalize)
+        groups = experts.group(chosen, gate_up.num_experts)
+        rows = norm.quantize(x) if gate_up.stacked.mode == "w8a8" else x
+        inner = self.silu_mul(experts.expert_linear(rows, gate_up, groups, top_k), down.stacked.mode == "w8a8")
+        return experts.combine(experts.expert_linear(inner, down, groups, 1), weights)
+
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
         return activation.gated(gate_up, "silu", quantize)
@@ -123,6 +197,16 @@ class CudaOps:
     def gelu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
         return activation.gated(gate_up, "gelu", quantize)
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I], in its tanh form or exactly (arXiv:1606.08415)."""
+        y = pointwise.pointwise(x, "gelu_tanh" if tanh else "gelu")
+        return norm.quantize(y) if quantize else y
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap)."""
+        check_softcap(cap)
+        return pointwise.pointwise(logits, "softcap", cap)
 
     def write_kv(
         self,

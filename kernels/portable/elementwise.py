@@ -62,6 +62,15 @@ def normalize(x: Tensor, eps: float, workspace: Workspace) -> Tensor:
     return normalized.div_(statistic)
 
 
+def layer_normalize(x: Tensor, eps: float, workspace: Workspace) -> Tensor:
+    """x [..., H] of any dtype -> (x - mean(x)) / sqrt(variance(x) + eps), float32, in a buffer named "normalized"."""
+    if x.shape[-1] >= MAX_REDUCTION:
+        raise ValueError(f"x has rows of {x.shape[-1]} elements; below {MAX_REDUCTION} are supported")
+    centred = workspace.take("centred", tuple(x.shape), torch.float32).copy_(x)
+    mean = torch.sum(centred, -1, keepdim=True).div_(x.shape[-1])
+    return normalize(centred.sub_(mean), eps, workspace)
+
+
 def silu_mul(gate_up: Tensor, workspace: Workspace) -> Tensor:
     """gate_up [T, 2*I] -> gate / (1 + exp(-gate)) * up, [T, I], float32 until the last rounding."""
     shape = (gate_up.shape[0], gate_up.shape[1] // 2)
@@ -83,3 +92,35 @@ def gelu_mul(gate_up: Tensor, workspace: Workspace) -> Tensor:
     result.mul_(term)
     result.mul_(term.copy_(gate_up[:, shape[1] :]))
     return result.to(gate_up.dtype, copy=True)
+
+
+# erf(z) = 1 - (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), for z >= 0, within 1.5e-7: Abramowitz and Stegun,
+# Handbook of Mathematical Functions, 7.1.26.
+_ERF_P = 0.3275911
+_ERF_A = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
+
+
+def gelu(x: Tensor, tanh: bool, workspace: Workspace) -> Tensor:
+    """x [T, I] -> gelu(x), [T, I], float32 until the last rounding; the exact form within 2e-7 * |x|."""
+    shape = tuple(x.shape)
+    result = workspace.take("gate", shape, torch.float32).copy_(x)
+    if tanh:
+        term = torch.mul(result, result, out=workspace.take("gate term", shape, torch.float32))
+        term.mul_(0.044715).add_(1.0).mul_(result).mul_(math.sqrt(2.0 / math.pi))
+        tanh_(term).add_(1.0).mul_(0.5)
+        return result.mul_(term).to(x.dtype, copy=True)
+    # x times the normal distribution: max(x, 0) - |x| * tail, where tail = (1 - erf(|x| / sqrt(2))) / 2.
+    magnitude = torch.abs(result, out=workspace.take("magnitude", shape, torch.float32))
+    z = torch.mul(magnitude, math.sqrt(0.5), out=workspace.take("gate term", shape, torch.float32))
+    t = torch.mul(z, _ERF_P, out=workspace.take("erf term", shape, torch.float32)).add_(1.0).reciprocal_()
+    tail = workspace.take("erf tail", shape, torch.float32).fill_(_ERF_A[-1])
+    for a in reversed(_ERF_A[:-1]):
+        tail.mul_(t).add_(a)
+    tail.mul_(t).mul_(exp_(z.mul_(z).neg_())).mul_(0.5).mul_(magnitude)
+    return result.clamp_(min=0.0).sub_(tail).to(x.dtype, copy=True)
+
+
+def softcap(x: Tensor, cap: float, workspace: Workspace) -> Tensor:
+    """x [R, V] -> cap * tanh(x / cap), float32 until the last rounding."""
+    result = workspace.take("softcap", tuple(x.shape), torch.float32).copy_(x)
+    return tanh_(result.div_(cap)).mul_(cap).to(x.dtype, copy=True)

@@ -69,15 +69,16 @@ class PortableLinear:
         parts = (self.scales, self.bias, self.table)
         return self.out_features * self.in_features * itemsize + sum(part.nbytes for part in parts if part is not None)
 
-    def token_rows(self, token_ids: Tensor) -> Tensor | None:
-        """Rows of the weight, [T, K] in `dtype`; None if it was packed without keeping them."""
+    def token_rows(self, token_ids: Tensor, scale: float) -> Tensor | None:
+        """Rows of the weight times `scale`, [T, K] in `dtype`; None if it was packed without keeping them."""
         rows = self.table if self.packed else self.weight
         if rows is None:
             return None
         found = rows.index_select(0, token_ids)
-        if self.scales is None:
-            return found
-        return (found * self.scales.index_select(0, token_ids)[:, None]).to(self.dtype)
+        if self.scales is not None:
+            found = found * self.scales.index_select(0, token_ids)[:, None]
+        # A number times a bfloat16 tensor would first be rounded to bfloat16 itself.
+        return (found if scale == 1.0 else found.to(torch.float32) * scale).to(self.dtype)
 
 
 def packs(dtype: torch.dtype) -> bool:

@@ -10,12 +10,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kernels.checks import check_weight
+from kernels.checks import (
+    check_experts,
+    check_layer_norm,
+    check_mixture,
+    check_positions,
+    check_query_key,
+    check_residual,
+    check_softcap,
+    check_weight,
+    rows_of,
+)
 from kernels.int8 import quantize_rows
 from kernels.ops import (
     Activations,
     AttentionMetadata,
     AttentionPlan,
+    ExpertWeight,
     KVCache,
     KVCacheSpec,
     LinearWeight,
@@ -26,7 +37,8 @@ from kernels.ops import (
     SampleResult,
     SamplingMetadata,
 )
-from kernels.portable import attention, elementwise, linear
+from kernels.portable import attention, elementwise, experts, linear
+from kernels.portable.experts import PortableExperts
 from kernels.portable.kv_cache import PortableKVCache, allocate
 from kernels.portable.linear import PortableLinear
 from kernels.portable.plan import PortablePlan, make_plan
@@ -119,12 +131,22 @@ class PortableOps:
         """Positions, slots and tiles of this step. Raises ValueError that names the field of metadata."""
         return make_plan(metadata)
 
-    def embedding(self, token_ids: Tensor, weight: LinearWeight) -> Tensor:
-        """token_ids int64 [T], weight [V, H] -> its rows [T, H]."""
-        rows = weight.token_rows(token_ids) if isinstance(weight, PortableLinear) else None
+    def embedding(self, token_ids: Tensor, weight: LinearWeight, scale: float = 1.0) -> Tensor:
+        """token_ids int64 [T], weight [V, H] -> its rows [T, H], times `scale`."""
+        rows = weight.token_rows(token_ids, scale) if isinstance(weight, PortableLinear) else None
         if rows is None:
             raise ValueError("weight was not made by this backend's prepare_linear with `embedding`")
         return rows
+
+    def add_positions(self, x: Tensor, table: Tensor, plan: PortablePlan) -> Tensor:
+        """x [T, H] + the rows of table [P, H] at the tokens' positions."""
+        check_positions(x, table, plan.longest)
+        return x + table.index_select(0, torch.from_numpy(plan.positions))
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual [T, H] -> x + residual."""
+        check_residual(x, residual)
+        return x + residual
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, quantize: bool = False) -> Activations:
         """x [T, H] -> x / sqrt(mean(x^2) + eps) * weight in float32, rounded once (arXiv:1910.07467)."""
@@ -137,10 +159,33 @@ class PortableOps:
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantize: bool = False
     ) -> tuple[Activations, Tensor]:
         """x, residual [T, H] -> (rms_norm(x + residual), x + residual); the sum is rounded before the norm."""
-        if x.shape != residual.shape:
-            raise ValueError(f"residual must be {tuple(x.shape)} as x is, got {tuple(residual.shape)}")
-        total = x + residual
+        total = self.add(x, residual)
         return self.rms_norm(total, weight, eps, quantize), total
+
+    def layer_norm(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> Activations:
+        """x [T, H] -> (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias in float32, rounded once
+        (arXiv:1607.06450)."""
+        check_layer_norm(x, weight, bias)
+        normalized = elementwise.layer_normalize(x, eps, self._workspace).mul_(weight)
+        if bias is not None:
+            normalized.add_(bias)
+        return _activations(normalized.to(self.dtype, copy=True), quantize)
+
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, quantize: bool = False
+    ) -> tuple[Activations, Tensor]:
+        """x, residual [T, H] -> (layer_norm(x + residual), x + residual); the sum is rounded before the norm."""
+        total = self.add(x, residual)
+        return self.layer_norm(total, weight, bias, eps, quantize), total
+
+    def norm_query_key(
+        self, query: Tensor, key: Tensor, query_weight: Tensor, key_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """query [T, Hq * D], key [T, Hkv * D] -> each normalized over all its heads together."""
+        check_query_key(query, key, query_weight, key_weight)
+        return self.rms_norm(query, query_weight, eps), self.rms_norm(key, key_weight, eps)
 
     def linear(self, x: Activations, weight: LinearWeight) -> Tensor:
         """x [T, K] -> x @ W^T + bias, [T, N], accumulated in float32; in w8a8 from exact integers."""
@@ -157,6 +202,41 @@ class PortableOps:
             return linear.apply_quantized(QuantizedActivations(*quantize_rows(values)), weight, self._workspace)
         return linear.apply(values.to(self.dtype), weight, self._workspace)
 
+    def prepare_experts(
+        self, weight: Tensor | QuantizedWeight, num_experts: int, mode: QuantizationMode = "none"
+    ) -> PortableExperts:
+        """A `prepare_linear` for each."""
+        size = check_experts(weight, num_experts)
+        each = []
+        for expert in range(num_experts):
+            rows = rows_of(weight, slice(expert * size, expert * size + size))
+            prepared = self.prepare_linear(rows, None, mode)
+            assert isinstance(prepared, PortableLinear)
+            each.append(prepared)
+        return PortableExperts(each)
+
+    def experts(
+        self,
+        x: Tensor,
+        router: LinearWeight,
+        gate_up: ExpertWeight,
+        down: ExpertWeight,
+        top_k: int,
+        normalize: bool,
+    ) -> Tensor:
+        """x [T, H] -> [T, H]: each expert's tokens together (see `kernels.portable.experts`). The router's logits are
+        rounded to the backend's dtype, as those of any linear layer."""
+        if not isinstance(gate_up, PortableExperts) or not isinstance(down, PortableExperts):
+            raise ValueError("gate_up or down was not made by this backend's prepare_experts")
+        check_mixture(x, router, gate_up, down, top_k)
+        chosen, weights = experts.route(self.linear(x, router).to(torch.float32), top_k, normalize)
+        made = torch.zeros(x.shape[0], top_k, x.shape[1])
+        for expert in sorted(set(chosen.flatten().tolist())):
+            tokens, ranks = (chosen == expert).nonzero(as_tuple=True)
+            inner = self.silu_mul(self.linear(x[tokens], gate_up.each[expert]), down.each[expert].mode == "w8a8")
+            made[tokens, ranks] = self.linear(inner, down.each[expert]).to(torch.float32)
+        return experts.combine(made, weights).to(self.dtype)
+
     def silu_mul(self, gate_up: Tensor, quantize: bool = False) -> Activations:
         """gate_up [T, 2*I], gate first -> silu(gate) * up, [T, I] (arXiv:2002.05202)."""
         _check_gate_up(gate_up)
@@ -166,6 +246,15 @@ class PortableOps:
         """gate_up [T, 2*I], gate first -> gelu(gate) * up, [T, I], gelu in its tanh form (arXiv:1606.08415)."""
         _check_gate_up(gate_up)
         return _activations(elementwise.gelu_mul(gate_up, self._workspace), quantize)
+
+    def gelu(self, x: Tensor, tanh: bool, quantize: bool = False) -> Activations:
+        """x [T, I] -> gelu(x), [T, I], in its tanh form or exactly (arXiv:1606.08415)."""
+        return _activations(elementwise.gelu(x, tanh, self._workspace), quantize)
+
+    def softcap(self, logits: Tensor, cap: float) -> Tensor:
+        """logits [R, V] -> cap * tanh(logits / cap)."""
+        check_softcap(cap)
+        return elementwise.softcap(logits, cap, self._workspace)
 
     def write_kv(
         self,

@@ -29,8 +29,9 @@ from kernels.ops import (
     RotaryTable,
     SamplingMetadata,
 )
-from models.config import DTYPES, ModelConfig
+from models.config import ModelConfig
 from models.loader import random_model
+from models.rules import DTYPES
 from server.engine.build import start_core
 from server.engine.config import EngineConfig, StartupError
 from server.engine.core import EngineCore

@@ -135,6 +135,10 @@ def as_text(plan: Plan) -> str:
         f"layers of {config.hidden_size:,}, {config.num_heads} heads, {config.num_kv_heads} KV heads of "
         f"{config.head_dim}, vocabulary {config.vocab_size:,}, {config.max_position_embeddings:,} positions"
     ]
+    if config.num_experts:
+        lines.append(
+            f"  (of {config.num_experts} experts in each layer a token goes through {config.experts_per_token})"
+        )
     if plan.subject.assumed:
         lines.append("  (the shape is assumed: that of published models with so many parameters)")
     lines.append(f"on {plan.device.title} with {size(plan.memory)}; KV cache {plan.kv_dtype}")

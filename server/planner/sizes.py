@@ -47,7 +47,8 @@ class LinearShape:
     """`count` weights [n, k] of a model. `role`: "layer" (read in every step, once a layer), "head" or "table".
 
     A tied head and table are one weight of the role "head" that is an `embedding` as well. `kept`: unquantized in every
-    mode, because an int8 checkpoint has it so.
+    mode, because an int8 checkpoint has it so, or always. `experts`: of how many experts it is made, `used` of which a
+    token goes through.
     """
 
     name: str
@@ -58,38 +59,55 @@ class LinearShape:
     role: Literal["layer", "head", "table"]
     embedding: bool = False
     kept: bool = False
+    experts: int = 1
+    used: int = 1
 
     @property
     def num_weights(self) -> int:
         """Of all `count`."""
         return self.n * self.k * self.count
 
+    def share(self, rows: int) -> float:
+        """What part of the weight `rows` tokens go through, if they choose their experts independently."""
+        return 1.0 - (1.0 - self.used / self.experts) ** rows if self.experts > 1 else 1.0
+
+    def rows_of_expert(self, rows: int) -> int:
+        """How many of `rows` tokens go through an expert that is in use, on the average."""
+        return max(1, round(rows * self.used / (self.experts * self.share(rows))))
+
 
 def linear_shapes(config: ModelConfig) -> list[LinearShape]:
-    """Every weight of a Llama that is multiplied or looked up, stacked as models/layers.py stacks them."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_layers
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    """Every weight of a model that is multiplied or looked up, stacked as models/layers.py stacks them."""
+    hidden, inner, layers, names = config.hidden_size, config.intermediate_size, config.num_layers, config.names
+    q, kv, up = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, 1 + config.gated
     shapes = {
-        "self_attn.q_proj": LinearShape("qkv", q + 2 * kv, hidden, config.attention_bias, layers, "layer"),
-        "self_attn.o_proj": LinearShape("output", hidden, q, config.attention_output_bias, layers, "layer"),
-        "mlp.gate_proj": LinearShape("gate_up", 2 * inner, hidden, config.mlp_bias, layers, "layer"),
-        "mlp.down_proj": LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
+        names.qkv[0]: LinearShape("qkv", q + 2 * kv, hidden, config.attention_bias, layers, "layer"),
+        names.output: LinearShape("output", hidden, q, config.attention_output_bias, layers, "layer"),
+        names.gate_up[0]: LinearShape("gate_up", up * inner, hidden, config.mlp_bias, layers, "layer"),
+        names.down: LinearShape("down", hidden, inner, config.mlp_bias, layers, "layer"),
     }
+    if count := config.num_experts:
+        expert = names.expert.format(0)
+        for module in (names.gate_up[0], names.down):
+            one = shapes.pop(module)
+            shapes[expert + module] = replace(one, n=one.n * count, experts=count, used=config.experts_per_token)
+        shapes[names.router] = LinearShape("router", count, hidden, False, layers, "layer", kept=True)
     table = LinearShape("table", config.vocab_size, hidden, False, 1, "table", embedding=True)
     if config.tie_word_embeddings:
-        shapes["model.embed_tokens"] = replace(table, name="head", role="head")
+        shapes[names.table] = replace(table, name="head", role="head")
     else:
-        shapes["model.embed_tokens"] = table
-        shapes["lm_head"] = LinearShape("head", config.vocab_size, hidden, False, 1, "head")
+        shapes[names.table] = table
+        shapes[names.head] = LinearShape("head", config.vocab_size, hidden, False, 1, "head")
     return [part for module, shape in shapes.items() for part in _split_kept(config, module, shape)]
 
 
 def _split_kept(config: ModelConfig, module: str, shape: LinearShape) -> list[LinearShape]:
     """The shape, or what of it is int8 in the checkpoint and what is not."""
     stored = config.quantization
-    if stored is None:
+    if stored is None or shape.kept:
         return [shape]
-    names = [f"model.layers.{layer}.{module}" for layer in range(shape.count)] if shape.role == "layer" else [module]
+    prefix = config.names.layer
+    names = [prefix.format(layer) + module for layer in range(shape.count)] if shape.role == "layer" else [module]
     kept = sum(not stored.covers(name) for name in names)
     parts = [replace(shape, count=shape.count - kept), replace(shape, count=kept, kept=True)]
     return [part for part in parts if part.count]
@@ -116,7 +134,8 @@ def linear_bytes(shape: LinearShape, mode: str, backend: Backend, stored_dtype: 
 
 @dataclass(frozen=True, slots=True)
 class WeightBytes:
-    """Bytes of a model in memory by part. linears: token table and head included; rotary: cosines and sines."""
+    """Bytes of a model in memory by part. linears: token table and head included; rotary: cosines and sines, and
+    learned positions."""
 
     linears: int
     norms: int
@@ -131,12 +150,13 @@ class WeightBytes:
 def weight_bytes(config: ModelConfig, mode: str, backend: Backend) -> WeightBytes:
     """The weights of a model in a quantization mode."""
     linears = sum(linear_bytes(shape, mode, backend, config.dtype) for shape in linear_shapes(config))
-    norm_values = (2 * config.num_layers + 1) * config.hidden_size
-    norm_values += 2 * config.num_layers * config.head_dim * config.qk_norm
-    # float32 cos and sin of every position; a second pair, which does not rotate, for layers without positions.
-    tables = len(set(config.rotary_layers))
-    rotary = tables * 2 * config.max_position_embeddings * (config.head_dim // 2) * 4
-    return WeightBytes(linears, norm_values * ITEMSIZE[backend.activation_dtype], rotary)
+    itemsize = ITEMSIZE[backend.activation_dtype]
+    norms = config.norm_values * (4 if config.norm_offset else itemsize)
+    # float32 cos and sin of every position, once for each kind of layer; position vectors beside them.
+    rotary = config.rotary_tables * 2 * config.max_position_embeddings * (config.rotary_dim // 2) * 4
+    if config.learned_positions:
+        rotary += config.max_position_embeddings * config.hidden_size * itemsize
+    return WeightBytes(linears, norms, rotary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,5 +187,8 @@ def workspace_bytes(config: ModelConfig, backend: Backend, max_tokens: int, max_
     """
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     values = 4 * config.hidden_size + 3 * q + 2 * kv + 3 * config.intermediate_size
+    if config.num_experts:  # of each expert of a token gate, up, their product, and what it makes
+        values += 3 * (config.experts_per_token - 1) * config.intermediate_size
+        values += config.experts_per_token * config.hidden_size
     logits = max_rows * config.vocab_size * 4
     return max_tokens * values * ITEMSIZE[backend.activation_dtype] + logits

@@ -85,7 +85,9 @@ class SpeedModel:
         for shape, num_bytes in zip(shapes, sizes, strict=True):
             if rows := draws if shape.role == "head" else tokens:
                 mode = "none" if shape.kept else self.mode
-                seconds += self.rates.linear(mode, shape.num_weights, num_bytes, sum(sizes), rows)
+                share, of_expert = shape.share(rows), shape.rows_of_expert(rows)
+                weights, read = round(shape.num_weights * share), round(num_bytes * share)
+                seconds += self.rates.linear(mode, weights, read, sum(sizes), of_expert)
         return seconds
 
     def _step(
@@ -96,7 +98,8 @@ class SpeedModel:
         config, rates = self.config, self.rates
         kv_bytes = kv_block(config, self.kv_dtype, 1).bytes_per_token // config.num_layers
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        values = config.num_layers * (2 * config.hidden_size + q + 2 * kv + config.intermediate_size)
+        inner = config.intermediate_size * max(config.experts_per_token, 1)
+        values = config.num_layers * (2 * config.hidden_size + q + 2 * kv + inner)
         return StepTime(
             tokens=tokens,
             linears=linears,

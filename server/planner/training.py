@@ -109,7 +109,8 @@ def activation_bytes(config: ModelConfig, precision: Precision, batch: int, cont
     the end its norm and the float32 logarithms of the softmax. Counted as in arXiv:2205.05198, for these layers; a test
     compares it with what autograd keeps.
     """
-    hidden, inner, itemsize = config.hidden_size, config.intermediate_size, precision.activation
+    hidden, itemsize = config.hidden_size, precision.activation
+    inner = config.intermediate_size * max(config.experts_per_token, 1)
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     norm = hidden * (4 + 2 * itemsize) + 4
     layer = 2 * norm + 2 * (q + kv) * itemsize + 4 * config.num_heads + 4 * inner * itemsize

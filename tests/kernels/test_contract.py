@@ -28,7 +28,7 @@ def test_signatures_equal_the_protocol(backend: type, method: str) -> None:
 
 
 def test_protocol_covers_what_a_decoder_needs() -> None:
-    assert len(METHODS) == 13
+    assert len(METHODS) == 22
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,6 +71,48 @@ def test_cache_and_plan_must_fit(backend: Callable[[], Ops]) -> None:
         ops.write_kv(query, key, key, short, cache, plan, torch.ones(8))
     with pytest.raises(ValueError, match="not allocated by this backend"):
         ops.paged_attention(query, object(), plan, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_row_operations_refuse_what_does_not_fit(backend: Callable[[], Ops]) -> None:
+    ops, x, eight = backend(), torch.zeros(2, 8), torch.ones(8)
+    plan = ops.plan(AttentionMetadata([2], [5], [[0]], 16))
+    for call, message in [
+        (lambda: ops.add(x, torch.zeros(2, 7)), r"residual must be \(2, 8\)"),
+        (lambda: ops.add_layer_norm(x, torch.zeros(1, 8), eight, None, 1e-5), "residual must be"),
+        (lambda: ops.layer_norm(x, torch.ones(7), None, 1e-5), r"weight must be \[H\]"),
+        (lambda: ops.layer_norm(x, eight, torch.ones(7), 1e-5), r"bias must be \[H\]"),
+        (lambda: ops.norm_query_key(x, x, eight, torch.ones(4), 1e-5), "key_weight must be"),
+        (lambda: ops.add_positions(x, torch.zeros(9, 7), plan), r"table must be \[P, H\]"),
+        (lambda: ops.add_positions(x, torch.zeros(4, 8), plan), "table has 4 positions; a sequence has 5 tokens"),
+        (lambda: ops.softcap(x, 0.0), "cap is 0.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_experts_refuse_what_does_not_fit(backend: Callable[[], Ops]) -> None:
+    ops, x = backend(), torch.zeros(2, 16)
+    for rows in (40, 48):
+        with pytest.raises(ValueError, match="N a multiple of 16; got"):
+            ops.prepare_experts(torch.zeros(rows, 16), 2)
+    router, gate_up, down = (
+        ops.prepare_linear(torch.zeros(2, 16)),
+        ops.prepare_experts(torch.zeros(64, 16), 2),
+        ops.prepare_experts(torch.zeros(32, 16), 2),
+    )
+    assert ops.experts(x, router, gate_up, down, 2, True).shape == (2, 16)
+    for arguments, message in [
+        ((x, router, gate_up, down, 3), "top_k is 3; there are 2 experts"),
+        ((torch.zeros(2, 8), router, gate_up, down, 1), r"router must be an unquantized \[E, H\]"),
+        ((x, ops.prepare_linear(torch.zeros(2, 16), mode="w8a16"), gate_up, down, 1), "router must be an unquantized"),
+        ((x, router, down, down, 1), r"gate_up must hold 2 weights \[32, 16\]"),
+        ((x, ops.prepare_linear(torch.zeros(3, 16)), gate_up, down, 1), "gate_up must hold 3 weights"),
+        ((x, router, object(), down, 1), "prepare_experts"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.experts(*arguments, True)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

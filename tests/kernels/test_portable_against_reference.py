@@ -46,6 +46,30 @@ def test_norms_and_activation(dtype: torch.dtype, rows: int, width: int) -> None
     close(ops.gelu_mul(gate_up), REFERENCE.gelu_mul(gate_up), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 2), (1, 768), (3, 77), (70, 129)])
+def test_what_other_families_do_to_rows(dtype: torch.dtype, rows: int, width: int) -> None:
+    ops = PortableOps(dtype=dtype)
+    x, residual = torch.randn(rows, width).to(dtype) * 3 + 5, torch.randn(rows, width).to(dtype)
+    weight, bias = torch.randn(width).to(dtype), torch.randn(width).to(dtype)
+    for own_bias in (bias, None):
+        expected = REFERENCE.layer_norm(x, weight, own_bias, 1e-5)
+        close(ops.layer_norm(x, weight, own_bias, 1e-5), expected, dtype)
+    normed, total = ops.add_layer_norm(x, residual, weight, bias, 1e-5)
+    assert torch.equal(total, ops.add(x, residual))
+    assert torch.equal(normed, ops.layer_norm(total, weight, bias, 1e-5))
+    for tanh in (True, False):
+        close(ops.gelu(x - 5, tanh), REFERENCE.gelu(x - 5, tanh), dtype)
+    close(ops.softcap(x * 9, 30.0), REFERENCE.softcap(x * 9, 30.0), dtype)
+    half = width // 2
+    got = ops.norm_query_key(x[:, :half], x[:, half:], weight[:half], weight[half:], 1e-5)
+    for own, part in zip(got, (slice(half), slice(half, None)), strict=True):
+        close(own, REFERENCE.rms_norm(x[:, part], weight[part], 1e-5), dtype)
+    plan = AttentionMetadata([rows], [rows + 3], [list(range(6))], 16)
+    expected = REFERENCE.add_positions(x, residual.repeat(80, 1), REFERENCE.plan(plan))
+    close(ops.add_positions(x, residual.repeat(80, 1), ops.plan(plan)), expected, dtype)
+
+
 def test_silu_at_the_ends() -> None:
     gate = torch.tensor([[-1e30, -200.0, -88.9, 0.0, 88.9, 1e30]])
     ops = PortableOps(dtype=torch.float32)

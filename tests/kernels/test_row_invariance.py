@@ -102,6 +102,13 @@ for threads in (1, 2, 3, 4, 7):
             if threads == 1:
                 single = ops.silu_mul(x[:1])
             silu, gelu, norm = ops.silu_mul(x), ops.gelu_mul(x), ops.rms_norm(x, weight, 1e-6)
+            others = {
+                "exact gelu": lambda x: ops.gelu(x, False),
+                "gelu": lambda x: ops.gelu(x, True),
+                "softcap": lambda x: ops.softcap(x, 5.0),
+                "layer norm": lambda x: ops.layer_norm(x, weight, weight, 1e-6),
+            }
+            whole = {name: compute(x) for name, compute in others.items()}
             stock = F.silu(x[:, :width]) * x[:, width:]
             flat = x.float()
             exps, tanhs = exp_(flat.clone()), tanh_(flat.clone())
@@ -109,6 +116,8 @@ for threads in (1, 2, 3, 4, 7):
                 assert torch.equal(ops.silu_mul(x[:rows]), silu[:rows]), (threads, dtype, width, rows)
                 assert torch.equal(ops.gelu_mul(x[:rows]), gelu[:rows]), (threads, dtype, width, rows)
                 assert torch.equal(ops.rms_norm(x[:rows], weight, 1e-6), norm[:rows]), (threads, dtype, width, rows)
+                for name, compute in others.items():
+                    assert torch.equal(compute(x[:rows]), whole[name][:rows]), (name, threads, dtype, width, rows)
                 assert torch.equal(exp_(flat[:rows].clone()), exps[:rows]), (threads, width, rows)
                 assert torch.equal(tanh_(flat[:rows].clone()), tanhs[:rows]), (threads, width, rows)
                 naive += not torch.equal(F.silu(x[:rows, :width]) * x[:rows, width:], stock[:rows])

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from models.config import ModelConfig, RopeScaling
+from models.config import ModelConfig
 from models.errors import ModelError
+from models.families import FAMILIES
+from models.rope import RopeScaling
 
 # The fields of the published files, in full where they bear on the computation.
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -220,6 +222,269 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 49152,
     },
+    "GPT-2": {
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "vocab_size": 50257,
+    },
+    "Pythia-160M": {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "use_parallel_residual": True,
+        "vocab_size": 50304,
+    },
+    "Gemma-2-2B": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": 50.0,
+        "bos_token_id": 2,
+        "cache_implementation": "hybrid",
+        "eos_token_id": 1,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 2304,
+        "initializer_range": 0.02,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma2",
+        "num_attention_heads": 8,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 4,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 256000,
+    },
+    "Gemma-3-1B": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "bos_token_id": 2,
+        "cache_implementation": "hybrid",
+        "eos_token_id": [1, 106],
+        "final_logit_softcapping": None,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152,
+        "initializer_range": 0.02,
+        "intermediate_size": 6912,
+        "max_position_embeddings": 32768,
+        "model_type": "gemma3_text",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 26,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-06,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 262144,
+    },
+    "Phi-3-mini-4k": {
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 32000,
+        "hidden_act": "silu",
+        "hidden_size": 3072,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "model_type": "phi3",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "sliding_window": 2047,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32064,
+    },
+    "OLMo-2-7B": {
+        "architectures": ["Olmo2ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 4096,
+        "model_type": "olmo2",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": 100352,
+    },
+    "Granite-3.1-2B": {
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.1,
+        "attention_multiplier": 0.015625,
+        "bos_token_id": 0,
+        "embedding_multiplier": 12.0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 8192,
+        "logits_scaling": 8.0,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "granite",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 8,
+        "pad_token_id": 0,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 49155,
+    },
+    "StableLM-2-1.6B": {
+        "architectures": ["StableLmForCausalLM"],
+        "bos_token_id": 100257,
+        "eos_token_id": 100257,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 5632,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 4096,
+        "model_type": "stablelm",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 32,
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 10000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_cache": True,
+        "use_qkv_bias": True,
+        "vocab_size": 100352,
+    },
+    "Mixtral-8x7B": {
+        "architectures": ["MixtralForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mixtral",
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
 }
 
 OTHER_FIELDS = {"rope_parameters", "layer_types", "dtype", "partial_rotary_factor", "quantization_config"}
@@ -251,6 +516,16 @@ EXPECTED: dict[str, tuple[Any, ...]] = {
     "Qwen2.5-0.5B": (494_032_768, 64, 1e6, None, None, True, False, "bfloat16", (151643,)),
     "Qwen3-0.6B": (596_049_920, 128, 1e6, None, None, False, True, "bfloat16", (151645,)),
     "SmolLM2-135M": (134_515_008, 64, 1e5, None, None, False, False, "bfloat16", (0,)),
+    "GPT-2": (124_439_808, 64, 1e4, None, None, True, False, "float32", (50256,)),
+    "Pythia-160M": (162_322_944, 64, 1e4, None, None, True, False, "float16", (0,)),
+    "Gemma-2-2B": (2_614_341_888, 256, 1e4, None, 4096, False, False, "bfloat16", (1,)),
+    "Gemma-3-1B": (999_885_952, 256, 1e6, None, 512, False, True, "bfloat16", (1, 106)),
+    "Phi-3-mini-4k": (3_821_079_552, 96, 1e4, None, 2047, False, False, "bfloat16", (32000,)),
+    "OLMo-2-7B": (7_298_617_344, 128, 5e5, None, None, False, True, "float32", (100257,)),
+    "Granite-3.1-2B": (2_533_531_648, 64, 5e6, None, None, False, False, "bfloat16", (0,)),
+    "StableLM-2-1.6B": (1_644_515_328, 64, 1e4, None, None, True, False, "float16", (100257,)),
+    "Mixtral-8x7B": (46_702_792_704, 128, 1e6, None, None, False, False, "bfloat16", (2,)),
+    "Qwen3-30B-A3B": (30_532_122_624, 128, 1e6, None, None, False, True, "bfloat16", (151645,)),
 }
 
 
@@ -267,23 +542,31 @@ def test_published(name: str) -> None:
         factor,
         config.layer_window(0),
         config.attention_bias,
-        config.qk_norm,
+        bool(config.qk_norm),
         config.dtype,
         config.eos_token_ids,
     )
     assert config.architecture == file["architectures"][0]
     assert config.vocab_size == file["vocab_size"]
-    assert config.hidden_size == file["hidden_size"]
-    assert config.num_layers == file["num_hidden_layers"]
-    assert config.num_heads == file["num_attention_heads"]
-    assert config.num_kv_heads == file["num_key_value_heads"]
-    assert config.intermediate_size == file["intermediate_size"]
-    assert config.max_position_embeddings == file["max_position_embeddings"]
-    assert config.rms_norm_eps == file["rms_norm_eps"]
+    own = FAMILIES[config.architecture].aliases
+
+    def stated(name: str) -> Any:
+        return file.get(own.get(name, name))
+
+    assert config.hidden_size == stated("hidden_size")
+    assert config.num_layers == stated("num_hidden_layers")
+    assert config.num_heads == stated("num_attention_heads")
+    assert config.num_kv_heads == file.get("num_key_value_heads", config.num_heads)
+    inner = file.get("moe_intermediate_size") or stated("intermediate_size") or 4 * config.hidden_size
+    assert config.intermediate_size == inner
+    assert config.max_position_embeddings == stated("max_position_embeddings")
+    assert config.norm_eps in [file[name] for name in file if name.endswith(("norm_eps", "norm_epsilon"))]
     assert config.bos_token_id == file["bos_token_id"]
-    assert config.tie_word_embeddings == file["tie_word_embeddings"]
-    assert not config.attention_output_bias
-    assert not config.mlp_bias
+    biases = config.architecture in ("GPT2LMHeadModel", "GPTNeoXForCausalLM")
+    tied = config.architecture in ("GPT2LMHeadModel", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+    assert config.tie_word_embeddings == file.get("tie_word_embeddings", tied)
+    assert config.attention_output_bias == biases
+    assert config.mlp_bias == biases
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -293,9 +576,9 @@ def test_the_newer_dialect_means_the_same(name: str) -> None:
         warnings.simplefilter("ignore")  # its import warns about deprecations of its own
         import transformers
     file = PUBLISHED[name]
-    rewritten = getattr(transformers, file["architectures"][0].replace("ForCausalLM", "Config")).from_dict(file)
+    rewritten = transformers.AutoConfig.for_model(file["model_type"]).from_dict(file)
     newer = json.loads(rewritten.to_json_string())
-    assert "rope_parameters" in newer
+    assert ("rope_parameters" in newer) == (file["model_type"] != "gpt2")
     assert "rope_theta" not in newer
     assert ModelConfig.from_hf(newer) == ModelConfig.from_hf(file)
 
@@ -350,6 +633,33 @@ def test_sliding_layers(name: str, fields: dict[str, Any], window: int | None, l
     assert [layer for layer in range(config.num_layers) if config.layer_window(layer)] == list(layers)
 
 
+def test_what_gemma_assumes() -> None:
+    """Its patterns of windows, the type of its factor, and its two rotary bases."""
+    config = ModelConfig.from_hf(PUBLISHED["Gemma-2-2B"])
+    assert config.sliding_layers == (True, False) * 13
+    assert (config.attention_softcap, config.logits_softcap, config.norm_offset) == (50.0, 30.0, 1.0)
+    assert config.embedding_scale == 48.0
+    assert ModelConfig.from_hf(changed("Gemma-2-2B", hidden_size=3072)).embedding_scale == 55.5  # not 55.43
+    float32 = changed("Gemma-2-2B", hidden_size=3072, torch_dtype="float32")
+    assert ModelConfig.from_hf(float32).embedding_scale == 3072**0.5
+    assert ModelConfig.from_hf(changed("Gemma-2-2B", final_logit_softcapping=None)).logits_softcap is None
+    config = ModelConfig.from_hf(PUBLISHED["Gemma-3-1B"])
+    assert config.sliding_layers == tuple((layer + 1) % 6 != 0 for layer in range(26))
+    assert (config.rope_theta, config.sliding_rope_theta) == (1e6, 1e4)
+    assert [config.rotary_kind(layer) for layer in (0, 5)] == ["sliding", "full"]
+
+
+def test_longrope_serves_the_original_length() -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0 + i / 48 for i in range(48)], "long_factor": [2.0] * 48}
+    config = ModelConfig.from_hf(changed("Phi-3-mini-4k", max_position_embeddings=131072, rope_scaling=scaling))
+    assert config.max_position_embeddings == 4096
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.attention_factor == math.sqrt(1 + math.log(32) / math.log(4096))
+    scaling["short_factor"] = [1.0]
+    with pytest.raises(ModelError, match="short_factor has 1 entries; it must have 48"):
+        ModelConfig.from_hf(changed("Phi-3-mini-4k", rope_scaling=scaling))
+
+
 def test_smollm3_leaves_every_fourth_layer_without_rotation() -> None:
     base = changed("Llama-2-7B", architectures=["SmolLM3ForCausalLM"], num_hidden_layers=8, rope_theta=...)
     assert ModelConfig.from_hf(base).rotary_layers == (True, True, True, False) * 2
@@ -365,9 +675,9 @@ def test_model_type_stands_in_for_architectures() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+        ({"architectures": ["BloomForCausalLM"]}, ["BloomForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
         ({"architectures": ..., "model_type": ...}, ["architectures is missing"]),
-        ({"architectures": ..., "model_type": "gpt2"}, ["gpt2", "LlamaForCausalLM"]),
+        ({"architectures": ..., "model_type": "bloom"}, ["bloom", "LlamaForCausalLM"]),
         ({"hidden_size": ...}, ["hidden_size is missing"]),
         ({"hidden_size": -4096}, ["hidden_size is -4096", "positive integer"]),
         ({"hidden_size": 4096.0}, ["hidden_size is 4096.0", "positive integer"]),
@@ -429,6 +739,32 @@ def test_whatever_a_field_holds_is_read_or_refused(name: str) -> None:
             for scaling in scalings:
                 with contextlib.suppress(ModelError):
                     ModelConfig.from_hf(base | {"rope_scaling": scaling | {field: value}})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        ("GPT-2", {"n_embd": ...}, "n_embd is missing"),
+        ("GPT-2", {"activation_function": "relu"}, "activation_function is 'relu'"),
+        ("GPT-2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ("Pythia-160M", {"rotary_pct": 0.01}, "rotary_pct is 0.01; of a head's 64 elements"),
+        ("Pythia-160M", {"rotary_pct": 2.0}, "rotary_pct is 2.0"),
+        ("Gemma-2-2B", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar is 0"),
+        ("Gemma-2-2B", {"final_logit_softcapping": -1.0}, "final_logit_softcapping is -1.0"),
+        ("Gemma-3-1B", {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ("Gemma-3-1B", {"architectures": ["Gemma3ForConditionalGeneration"]}, "Gemma3ForConditionalGeneration"),
+        ("Granite-3.1-2B", {"residual_multiplier": 0}, "residual_multiplier is 0"),
+        ("StableLM-2-1.6B", {"qk_layernorm": True}, "qk_layernorm is True"),
+        ("Mixtral-8x7B", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; there are 8 experts"),
+        ("Qwen3-30B-A3B", {"mlp_only_layers": [0]}, "mlp_only_layers is"),
+        ("Qwen3-30B-A3B", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("Llama-2-7B", {"num_local_experts": 8}, "num_local_experts is 8"),
+    ],
+)
+def test_refused_by_name_in_new_families(name: str, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        ModelConfig.from_hf(changed(name, **fields))
+    assert words in str(caught.value)
 
 
 def test_refused_in_other_families() -> None:

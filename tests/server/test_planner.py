@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -38,7 +39,7 @@ from server.planner.plan import PlanRequest, make_plan
 from server.planner.probe import describe
 from server.planner.rates import CARDS, LinearCurve
 from server.planner.report import as_dict
-from server.planner.sizes import Backend, weight_bytes
+from server.planner.sizes import Backend, linear_shapes, weight_bytes
 from server.planner.speed import SpeedModel
 from server.planner.subject import Subject, config_of_count, find_subject, of_config, parse_count
 from server.planner.training import BFLOAT16, FLOAT32, activation_bytes, training_memory
@@ -122,6 +123,51 @@ def test_weights_take_what_the_backends_say(architecture: str, dtype: str, tied:
             slots = model.slots()
             fill(slots, random_tensors(slots, config, 0, 0.02))
             assert weight_bytes(config, mode, backend).total == model.weight_bytes, (mode, quantization)
+
+
+FAMILY_FIELDS: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {"n_embd": 72, "n_layer": 3, "n_head": 6, "n_positions": 300, "layer_norm_epsilon": 1e-5},
+    "GPTNeoXForCausalLM": {"layer_norm_eps": 1e-5},
+    "Gemma2ForCausalLM": {},
+    "Gemma3ForCausalLM": {"sliding_window": 100, "sliding_window_pattern": 2},
+    "GraniteForCausalLM": {"residual_multiplier": 0.2},
+    "Olmo2ForCausalLM": {},
+    "Phi3ForCausalLM": {"partial_rotary_factor": 0.67},
+    "StableLmForCausalLM": {"layer_norm_eps": 1e-5, "use_parallel_residual": True},
+    "MixtralForCausalLM": {"hidden_size": 80, "intermediate_size": 48, "num_local_experts": 5},
+    "Qwen3MoeForCausalLM": {"hidden_size": 80, "moe_intermediate_size": 48, "num_experts": 9, "num_experts_per_tok": 2},
+}
+
+
+@pytest.mark.parametrize("name", ["cpu", "portable", "cuda"])
+@pytest.mark.parametrize("architecture", list(FAMILY_FIELDS))
+def test_weights_of_the_other_families(architecture: str, name: str) -> None:
+    backend, ops = backend_and_ops(name)
+    hf = {**ODD, "architectures": [architecture], **FAMILY_FIELDS[architecture]}
+    if architecture == "GPTNeoXForCausalLM":
+        hf["hidden_act"] = "gelu"
+    config = ModelConfig.from_hf(hf)
+    for mode in MODES:
+        model = new_model(config, ops, mode)  # type: ignore[arg-type]
+        slots = model.slots()
+        assert sum(math.prod(slot.shape) for slot in slots.values()) == config.num_parameters
+        fill(slots, random_tensors(slots, config, 0, 0.02))
+        assert weight_bytes(config, mode, backend).total == model.weight_bytes, mode
+
+
+def test_a_step_reads_the_experts_in_use() -> None:
+    """One token goes through two experts of eight; with many tokens every expert is read, by a quarter of the rows."""
+    config = ModelConfig.from_hf(
+        {**ODD, "architectures": ["MixtralForCausalLM"], "hidden_size": 80, "intermediate_size": 48}
+    )
+    experts = [shape for shape in linear_shapes(config) if shape.experts == 8]
+    assert [shape.name for shape in experts] == ["gate_up", "down"]
+    for shape in experts:
+        assert shape.share(1) == 0.25
+        assert shape.rows_of_expert(1) == 1
+        assert shape.share(1000) > 0.999
+        assert shape.rows_of_expert(1000) == 250
+    assert sum(shape.num_weights for shape in experts) == 8 * 3 * (2 * 48 * 80 + 80 * 48)
 
 
 def local_device(config: EngineConfig) -> PlannedDevice:

@@ -19,11 +19,16 @@ namespace {
 #include "cache.h"
 #include "attention.h"
 #include "sampling.h"
+#include "layer_norm.h"
+#include "experts.h"
 
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    STET_NAME, GROUP_OF, {embedding, norm, linear, gated, write_kv, attention, quantize, sample}};
+    STET_NAME,
+    GROUP_OF,
+    {embedding, norm, linear, gated, write_kv, attention, quantize, sample, layer_norm, ungated, add, add_positions,
+     softcap, route, group, expert_linear, combine}};
 
 }  // namespace STET_ISA

@@ -44,34 +44,35 @@ inline void quantize_row(const float* x, int64_t n, int64_t padded, Integer* q, 
 }
 
 // p: token ids int64 [rows], packed weight, feature scales, y [rows][K].  n: V, K, elements from row to row of y.
-// flags: the Type of the weight, whose row a token's vector is.
+// flags: the Type of the weight, whose row a token's vector is.  f: what it is multiplied by.
 void embedding(const Command& c, const Step* step, Work& work) {
     const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows;
     const int64_t *ids = (const int64_t*)c.p[0], K = c.n[1], ldy = c.n[2], padded = whole_groups(K);
     const float* scales = (const float*)c.p[2];
     constexpr int64_t g = GROUP_OF;
+    const float by = c.f[0];
     for (int64_t row; (row = work.take()) < rows;) {
         float* y = (float*)c.p[3] + row * ldy;
         const int64_t id = ids[row] < 0 || ids[row] >= c.n[0] ? 0 : ids[row], lane = id % 16;
         const int64_t panel = id / 16 * 16 * (c.flags == INT8_DOT ? padded : K);
         switch (c.flags) {
             case FLOAT32:
-                for (int64_t k = 0; k < K; ++k) y[k] = ((const float*)c.p[1])[panel + 16 * k + lane];
+                for (int64_t k = 0; k < K; ++k) y[k] = ((const float*)c.p[1])[panel + 16 * k + lane] * by;
                 break;
             case BFLOAT16:
-                for (int64_t k = 0; k < K; ++k) y[k] = to_float(((const bfloat16*)c.p[1])[panel + 16 * k + lane]);
+                for (int64_t k = 0; k < K; ++k) y[k] = to_float(((const bfloat16*)c.p[1])[panel + 16 * k + lane]) * by;
                 break;
             case FLOAT16:
-                for (int64_t k = 0; k < K; ++k) y[k] = to_float(((const float16*)c.p[1])[panel + 16 * k + lane]);
+                for (int64_t k = 0; k < K; ++k) y[k] = to_float(((const float16*)c.p[1])[panel + 16 * k + lane]) * by;
                 break;
             case INT8:
                 for (int64_t k = 0; k < K; ++k) {
-                    y[k] = (float)((const int8_t*)c.p[1])[panel + 16 * k + lane] * scales[id];
+                    y[k] = (float)((const int8_t*)c.p[1])[panel + 16 * k + lane] * scales[id] * by;
                 }
                 break;
             case INT8_DOT:
                 for (int64_t k = 0; k < K; ++k) {
-                    y[k] = (float)((const int8_t*)c.p[1])[panel + k / g * 16 * g + g * lane + k % g] * scales[id];
+                    y[k] = (float)((const int8_t*)c.p[1])[panel + k / g * 16 * g + g * lane + k % g] * scales[id] * by;
                 }
                 break;
         }
@@ -141,9 +142,9 @@ inline F16 gelu(F16 x) {
 }
 
 // p: gate and up [rows][2 * I], y or integers y, y's scales or null.  n: I, elements from row to row of the input, of y.
-// flags: 0 silu, 1 gelu.
+// flags: 0 silu, 1 gelu. rows: any multiple of the tokens.
 void gated(const Command& c, const Step* step, Work& work) {
-    const int64_t rows = c.rows < 0 ? step->num_tokens : c.rows, I = c.n[0];
+    const int64_t rows = c.rows < 0 ? -c.rows * step->num_tokens : c.rows, I = c.n[0];
     for (int64_t row; (row = work.take()) < rows;) {
         const float *gate = (const float*)c.p[0] + row * c.n[1], *up = gate + I;
         float* y = c.p[2] ? work.scratch : (float*)c.p[1] + row * c.n[2];

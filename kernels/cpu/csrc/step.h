@@ -55,7 +55,16 @@ enum Op : int32_t {
     ATTENTION = 5,
     QUANTIZE = 6,
     SAMPLE = 7,
-    NUM_OPS = 8,
+    LAYER_NORM = 8,
+    UNGATED = 9,
+    ADD = 10,
+    ADD_POSITIONS = 11,
+    SOFTCAP = 12,
+    ROUTE = 13,
+    GROUP = 14,
+    EXPERT_LINEAR = 15,
+    COMBINE = 16,
+    NUM_OPS = 17,
 };
 
 // One layer's K and V for `num_blocks` blocks.
@@ -83,7 +92,7 @@ struct Step {
     int64_t table_stride;
 };
 
-// rows: how many to compute; -1: step->num_tokens. What p, n and f mean is said where each operation is defined.
+// rows: how many to compute; -n: n * step->num_tokens (where an operation takes n other than 1, it says so). What p, n and f mean is said where each operation is defined.
 struct Command {
     int32_t op, flags;
     int64_t rows;

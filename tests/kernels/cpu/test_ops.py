@@ -67,6 +67,8 @@ def test_rows_can_be_read_back(mode: QuantizationMode) -> None:
     weight, ids = torch.randn(37, 21).bfloat16(), torch.tensor([36, 0, 5, 5, 16])
     expected = REFERENCE.embedding(ids, REFERENCE.prepare_linear(weight, None, mode))
     assert torch.equal(same(lambda ops: ops.embedding(ids, ops.prepare_linear(weight, None, mode))), expected)
+    scaled = same(lambda ops: ops.embedding(ids, ops.prepare_linear(weight, None, mode), 55.5))
+    assert torch.equal(scaled, expected * 55.5)
 
 
 def test_int8_products_are_exact() -> None:
@@ -128,6 +130,35 @@ def test_activations(width: int) -> None:
     close(same(lambda ops: ops.gelu_mul(gate_up)), REFERENCE.gelu_mul(gate_up))
 
 
+@pytest.mark.parametrize("width", [1, 16, 50, 257, 5000])
+def test_what_other_families_do_to_rows(width: int) -> None:
+    torch.manual_seed(width)
+    x, residual, weight, bias = torch.randn(5, width) * 3 + 5, torch.randn(5, width), *torch.randn(2, width)
+    for own_bias in (bias, None):
+        expected = REFERENCE.layer_norm(x, weight, own_bias, 1e-5)
+        close(same(lambda ops, b=own_bias: ops.layer_norm(x, weight, b, 1e-5)), expected, 2e-5)  # type: ignore[misc]
+    total = x + residual
+    assert torch.equal(same(lambda ops: ops.add(x, residual)), total)
+    assert torch.equal(same(lambda ops: ops.add_layer_norm(x, residual, weight, bias, 1e-5)[1]), total)
+    normed = same(lambda ops: ops.add_layer_norm(x, residual, weight, bias, 1e-5)[0])
+    assert torch.equal(normed, EVERY_OPS[0].layer_norm(total, weight, bias, 1e-5))
+    wide = (x - 5) * 20  # where e^x leaves float32 on either side
+    for tanh in (True, False):
+        close(same(lambda ops, tanh=tanh: ops.gelu(wide, tanh)), REFERENCE.gelu(wide, tanh))  # type: ignore[misc]
+    close(same(lambda ops: ops.softcap(wide, 30.0)), REFERENCE.softcap(wide, 30.0))
+    both = torch.cat([x, x[:, : width // 2 + 1]], 1)
+    query, key = both[:, :width], both[:, width:]
+    for part in (0, 1):
+        expected = REFERENCE.norm_query_key(query, key, weight, bias[: width // 2 + 1], 1e-5)[part]
+        close(
+            same(lambda ops, p=part: ops.norm_query_key(query, key, weight, bias[: width // 2 + 1], 1e-5)[p]),  # type: ignore[misc]
+            expected,
+        )
+    metadata, table = AttentionMetadata([2, 3], [9, 3], [[0], [1]], 16), torch.randn(9, width)
+    expected = REFERENCE.add_positions(x, table, REFERENCE.plan(metadata))
+    assert torch.equal(same(lambda ops: ops.add_positions(x, table, ops.plan(metadata))), expected)
+
+
 def test_quantized_results_are_those_of_the_rule() -> None:
     """With `quantize`, the integers that `kernels.int8` makes of the unquantized result, whatever their layout."""
     x, weight, gate_up = torch.randn(6, 50), torch.rand(50) + 0.5, torch.randn(6, 100) * 3
@@ -138,6 +169,12 @@ def test_quantized_results_are_those_of_the_rule() -> None:
             (ops.add_rms_norm(x, x, weight, 1e-6)[0], ops.add_rms_norm(x, x, weight, 1e-6, quantize=True)[0]),
             (ops.silu_mul(gate_up), ops.silu_mul(gate_up, quantize=True)),
             (ops.gelu_mul(gate_up), ops.gelu_mul(gate_up, quantize=True)),
+            (ops.gelu(x, False), ops.gelu(x, False, quantize=True)),
+            (ops.layer_norm(x, weight, weight, 1e-6), ops.layer_norm(x, weight, weight, 1e-6, quantize=True)),
+            (
+                ops.add_layer_norm(x, x, weight, None, 1e-6)[0],
+                ops.add_layer_norm(x, x, weight, None, 1e-6, quantize=True)[0],
+            ),
         ):
             values, scales = quantize_rows(plain)
             assert torch.equal(quantized.values.to(torch.int8), values)

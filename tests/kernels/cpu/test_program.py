@@ -17,10 +17,36 @@ from tests.server.engine.cores import TINY
 
 BLOCK_SIZE = 16
 ONES = torch.ones(32)
+# One of each family whose forward pass is another; heads of 16, which all of them take.
+FAMILIES: dict[str, dict[str, object]] = {
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": 199,
+        "n_embd": 48,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_positions": 512,
+        "layer_norm_epsilon": 1e-5,
+    },
+    "gpt-neox": TINY | {"architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu", "layer_norm_eps": 1e-5},
+    "stablelm": TINY
+    | {"architectures": ["StableLmForCausalLM"], "layer_norm_eps": 1e-5, "use_parallel_residual": True},
+    "gemma3": TINY | {"architectures": ["Gemma3ForCausalLM"], "hidden_act": "gelu_pytorch_tanh", "head_dim": 16},
+    "qwen3-moe": TINY
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "head_dim": 16,
+        "num_experts": 9,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 48,
+    },
+    # As many heads of k as of q: both norms have results of one shape.
+    "olmo2": TINY | {"architectures": ["Olmo2ForCausalLM"], "num_key_value_heads": 4},
+}
 QWEN3 = TINY | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 24}
 
 
-@pytest.mark.parametrize("config", [TINY, QWEN3], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("config", [TINY, QWEN3, *FAMILIES.values()], ids=["llama", "qwen3", *FAMILIES])
 @pytest.mark.parametrize("mode", ["none", "w8a8"])
 def test_a_program_gives_the_bits_of_the_pass(config: dict[str, object], mode: str) -> None:
     ops, rng = CpuOps(2), random.Random(0)

@@ -59,7 +59,7 @@ def test_what_must_agree_to_the_bit_sums_in_one_order(compiled: list[Compiled]) 
             key = (result.capability, result.module, result.same_order)
             groups.setdefault(key, set()).add(result.order)
             members[key] = members.get(key, 0) + 1
-    assert {module for _, module, _ in groups} == {"attention", "norm"}
+    assert {module for _, module, _ in groups} == {"attention", "layer_norm", "norm"}
     assert sum(count > 1 for count in members.values()) >= 3 * len(CAPABILITIES)
     assert all(order for orders in groups.values() for order in orders)
     differing = {key: orders for key, orders in groups.items() if len(orders) > 1}
