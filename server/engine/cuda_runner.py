@@ -204,7 +204,7 @@ class CudaRunner:
         max_rows = self.buckets[-1]
         with torch.inference_mode():
             specs = model.kv_cache_specs(block_size, kv_dtype)
-            self._kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
+            self.kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
             max_blocks = -(-max_model_len // block_size)
             self._decode = DecodeBatch(max_rows, max_blocks, block_size, ops.device, ops.upload)
             # One buffer for all buckets: a step's logits are drawn from before the next step begins. The copy into it
@@ -271,7 +271,7 @@ class CudaRunner:
         """From the staged inputs of `bucket` rows to their logits, in static buffers: what a graph captures."""
         decode = self._decode
         decode.prepare(bucket)
-        hidden = self.model.forward(decode.token_ids[:bucket], self._kv_caches, decode.plan(bucket))
+        hidden = self.model.forward(decode.token_ids[:bucket], self.kv_caches, decode.plan(bucket))
         self._finite[:bucket].copy_(torch.isfinite(hidden).all(dim=-1))
         self._logits[:bucket].copy_(self.model.logits(hidden))
 
@@ -295,7 +295,7 @@ class CudaRunner:
         if batch.inflight:
             token_ids = select_tokens(token_ids, token_sources, self._decode.sampled)
         last_tokens = pending()
-        hidden = self.model.forward(token_ids, self._kv_caches, attention)
+        hidden = self.model.forward(token_ids, self.kv_caches, attention)
         # A position that is not finite has poisoned K and V behind it, whether or not a token is drawn from it.
         finite_tokens = torch.isfinite(hidden).all(dim=-1)
         if batch.sampling is None:

@@ -95,8 +95,8 @@ def poison(runner: CudaRunner) -> None:
     with torch.inference_mode():
         for buffer in (
             runner._logits,
-            *(cache.keys for cache in runner._kv_caches),
-            *(c.values for c in runner._kv_caches),
+            *(cache.keys for cache in runner.kv_caches),
+            *(c.values for c in runner.kv_caches),
         ):
             buffer.fill_(torch.nan)
 
@@ -183,7 +183,7 @@ def test_a_row_draws_the_same_in_every_bucket_and_padding_touches_nothing() -> N
     plain = Runner(model, ops, 80, BLOCK, (2,))  # the same ops without buckets or static buffers
     runner = make_runner(max_running=33, num_blocks=80)
     with torch.inference_mode():
-        buffers = [(mine, other) for a, b in zip(runner._kv_caches, plain._kv_caches, strict=True)
+        buffers = [(mine, other) for a, b in zip(runner.kv_caches, plain.kv_caches, strict=True)
                    for mine, other in ((a.keys, b.keys), (a.values, b.values))]  # fmt: skip
         for mine, other in buffers:
             other.copy_(torch.randn(other.shape))
