@@ -44,6 +44,10 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
 
             print(f"stet {VERSION}")
             return EXIT_OK
+        if flags.command == "keys":
+            from server.keys_command import run as run_keys
+
+            return run_keys(flags)
         if flags.command == "plan":
             return _plan(flags)
         if flags.command == "evaluate":
@@ -109,6 +113,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from server.planner.command import add_flags as add_plan_flags
 
         add_plan_flags(plan)
+    keys = commands.add_parser(
+        "keys",
+        help="make and list API keys",
+        description="Make and list API keys. A key is revoked by deleting its entry from the file.",
+        allow_abbrev=False,
+    )
+    if "keys" in given[:1]:
+        from server.keys_command import add_flags as add_keys_flags
+
+        add_keys_flags(keys)
     commands.add_parser("version", help="print the version", allow_abbrev=False)
     return parser.parse_args(arguments)
 
@@ -218,6 +232,7 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     process: EngineProcess | None = None
     try:
         settings = resolve(vars(flags), os.environ)
+        _check_keys(settings)
         sock = open_socket(settings)
         try:
             process = spawn_engine(settings.engine_config(), command)
@@ -231,6 +246,21 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     finally:
         if process is not None:
             process.kill()
+
+
+def _check_keys(settings: Settings) -> None:
+    """Refuse a file of API keys that cannot be used, before anything is started. Raises ConfigError."""
+    if settings.api_keys is None:
+        return
+    from pathlib import Path
+
+    from server.config import ConfigError
+    from server.keys import KeysError, parse_keys, read_keys
+
+    try:
+        parse_keys(read_keys(Path(settings.api_keys)))
+    except KeysError as error:
+        raise ConfigError(f"--api-keys {settings.api_keys}: {error}") from None
 
 
 def _fail(message: str, code: int) -> int:
@@ -282,8 +312,10 @@ async def _serve_until_stopped(
     settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
 ) -> int:
     import asyncio
+    from pathlib import Path
 
     from server.http.app import create_app
+    from server.http.auth import KeyRing
     from server.http.serving import HttpServer
     from server.logs import configure_logging
     from server.metrics import Metrics
@@ -295,13 +327,16 @@ async def _serve_until_stopped(
     metrics = Metrics()
     limits = Limits(crashes=settings.max_crashes_per_minute)
     supervisor = Supervisor(settings.engine_config(), metrics, command=command, first=process, limits=limits)
-    service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting))
-    server = HttpServer(create_app(service, metrics), metrics, sock)
+    keys = None if settings.api_keys is None else KeyRing(Path(settings.api_keys), metrics)
+    spent = (lambda tenant, tokens: None) if keys is None else keys.spend
+    service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting), spent=spent)
+    server = HttpServer(create_app(service, metrics, keys=keys), metrics, sock)
 
     stop = asyncio.Event()
     _take_signals(stop)
     await service.start()
     serving = await server.start()
+    watching = None if keys is None else asyncio.create_task(keys.watch(), name="api-keys")
     starting = asyncio.create_task(_announce(sock, service, supervisor, began, as_text))
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -313,8 +348,9 @@ async def _serve_until_stopped(
             serving.result()
         await service.drain(settings.drain_timeout)
     finally:
-        starting.cancel()
-        stopping.cancel()
+        for task in (starting, stopping, watching):
+            if task is not None:
+                task.cancel()
         await server.stop()
         await service.stop()
     return EXIT_OK

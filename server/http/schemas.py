@@ -120,7 +120,11 @@ class GenerateBody(BaseModel):
     skip_special_tokens: bool | None = parameter("true or false", "leaves them out of the text", shown="true")
     add_special_tokens: bool | None = parameter("true or false", "to a `prompt`", shown="true")
     priority: int | None = parameter(
-        "an integer from −100 to 0", "higher first; aged by waiting, so that none starves", shown="0", ge=-100, le=0
+        "an integer from −100 to 0, with the role admin to 100",
+        "higher first within one API key; aged by waiting, so that none starves",
+        shown="0",
+        ge=-100,
+        le=100,
     )
     request_id: str | None = parameter(
         "1 to 128 printable characters",
