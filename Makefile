@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: serve test check bench bench-peers format clean
+.PHONY: serve test check fuzz bench bench-peers format clean
 
 # The CPU's kernels: compiled at installation, and again whenever their sources change. A missing compiler costs speed only.
 KERNELS := $(VENV)/.kernels
@@ -25,6 +25,10 @@ ifeq ($(ARGS),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+# 10,000 requests that nobody means well with, against a real server: some minutes.
+fuzz: $(VENV)/.dev $(KERNELS)
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -330,7 +330,7 @@ async def _serve_until_stopped(
     keys = None if settings.api_keys is None else KeyRing(Path(settings.api_keys), metrics)
     spent = (lambda tenant, tokens: None) if keys is None else keys.spend
     service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting), spent=spent)
-    server = HttpServer(create_app(service, metrics, keys=keys), metrics, sock)
+    server = HttpServer(create_app(service, metrics, keys=keys, documented=settings.docs), metrics, sock)
 
     stop = asyncio.Event()
     _take_signals(stop)

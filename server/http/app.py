@@ -20,6 +20,7 @@ from server.http.generate import Call, GenerationResponse, known_params, read_ge
 from server.http.limits import Limits
 from server.http.openai.calls import read_chat, read_completion
 from server.http.openai.schemas import ChatBody, CompletionBody
+from server.http.openapi import documentation_page, openapi_document
 from server.http.plan import PlanBody, PlanRoute, PlanService
 from server.http.routes import CHAT, COMPLETIONS, MODELS, find_route, not_found
 from server.http.schemas import GenerateBody
@@ -35,6 +36,10 @@ _NAMES = frozenset().union(
 )
 # No client sees it: the log's and the metrics' way to say that the client left before an answer, as in nginx.
 _CLIENT_GONE = 499
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
 _PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
@@ -48,17 +53,21 @@ class AppService(TokenService, PlanService, Protocol):
 
 
 def create_app(
-    service: AppService, metrics: Metrics, limits: Limits | None = None, keys: KeyRing | None = None
+    service: AppService,
+    metrics: Metrics,
+    limits: Limits | None = None,
+    keys: KeyRing | None = None,
+    documented: bool = False,
 ) -> FastAPI:
     """The ASGI application over a service. Owns nothing: starting, draining and stopping are the caller's.
 
-    keys: the API keys that are asked for; None asks for none.
+    keys: the API keys that are asked for; None asks for none. documented: whether /openapi.json and /docs are there.
     """
     limits = limits or Limits()
-    # No generated documentation pages: they load scripts from elsewhere, and docs/api.md is the contract.
+    # Not the documentation pages of the framework: they load scripts from elsewhere, and know nothing of our bodies.
     app = FastAPI(title="Stet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     # The one that is added last is the outermost.
-    app.add_middleware(Gate, keys=keys, metrics=metrics)
+    app.add_middleware(Gate, keys=keys, metrics=metrics, documented=documented)
     app.add_middleware(Observer, metrics=metrics)
     app.add_exception_handler(HTTPException, _routing_error)
 
@@ -158,6 +167,18 @@ def create_app(
     async def metrics_page(request: Request) -> Response:
         body, content_type = metrics.render(request.headers.get("accept"))
         return Response(body, headers={"content-type": content_type})
+
+    if documented:
+        document = openapi_document(limits, keys is not None)
+        page = documentation_page(document)
+
+        @app.api_route("/openapi.json", methods=["GET", "HEAD"], response_model=None)
+        async def openapi() -> Response:
+            return _json(document)
+
+        @app.api_route("/docs", methods=["GET", "HEAD"], response_model=None)
+        async def docs() -> Response:
+            return Response(page, headers=_PAGE_HEADERS, media_type="text/html")
 
     return app
 

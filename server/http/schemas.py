@@ -20,6 +20,7 @@ from pydantic import (
 from server.generation import GenerationRequest, Problem
 from server.http.fields import Words, allowed_of, check, must_be, not_yet, parameter, short, unknown_names
 
+MAX_MESSAGES = 1024
 MAX_SEED = 2**63 - 1
 # The engine divides logits by a penalty in float32: what is less than this normal number would be 0 there.
 SMALLEST_FLOAT32 = 2.0**-126
@@ -54,9 +55,10 @@ class GenerateBody(BaseModel):
         "one or more token ids in the vocabulary", min_length=1, fail_fast=True
     )
     messages: list[Message] | None = parameter(
-        "one or more objects with `role` and `content`",
+        "1 to 1024 objects with `role` and `content`",
         "roles: system, user, assistant, tool; the model's chat template makes the prompt",
         min_length=1,
+        max_length=MAX_MESSAGES,
         fail_fast=True,
     )
 

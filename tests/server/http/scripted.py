@@ -134,7 +134,7 @@ class ServerThread:
         self._loop.close()
 
     async def _serve(self) -> None:
-        app = create_app(self.service, self.metrics, self._limits, self.keys)
+        app = create_app(self.service, self.metrics, self._limits, self.keys, self._docs)
         server = HttpServer(app, self.metrics, self._sock, self._limits)
         await server.start()
         await self._stop.wait()
