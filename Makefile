@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: serve test check fuzz bench bench-peers format clean
+.PHONY: serve test check fuzz bench bench-hard bench-peers format clean
 
 # The CPU's kernels: compiled at installation, and again whenever their sources change. A missing compiler costs speed only.
 KERNELS := $(VENV)/.kernels
@@ -37,6 +37,10 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.bench $(KERNELS)
 	$(BIN)/python -m loadtests $(ARGS)
+
+# Clients that leave, do not read, come ten times too many, or flood: what becomes of the server and the others.
+bench-hard: $(VENV)/.serve $(KERNELS)
+	$(BIN)/python -m loadtests.hard $(ARGS)
 
 # Beside other engines and servers, each in an environment of its own under build/peers: see loadtests/README.md.
 bench-peers: $(VENV)/.bench $(KERNELS)

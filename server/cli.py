@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
+_MAX_SOCKETS = 65536
 _PROGRESS_SECONDS = 0.1
 
 
@@ -230,6 +231,7 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     from server.supervisor import EngineFailed, spawn_engine
 
     process: EngineProcess | None = None
+    _allow_connections()
     try:
         settings = resolve(vars(flags), os.environ)
         _check_keys(settings)
@@ -246,6 +248,16 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     finally:
         if process is not None:
             process.kill()
+
+
+def _allow_connections() -> None:
+    """As many open sockets as this process may have: the soft limit of many systems, 1024, is soon reached."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_SOCKETS if hard == resource.RLIM_INFINITY else min(hard, _MAX_SOCKETS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_keys(settings: Settings) -> None:

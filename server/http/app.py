@@ -67,7 +67,7 @@ def create_app(
     # Not the documentation pages of the framework: they load scripts from elsewhere, and know nothing of our bodies.
     app = FastAPI(title="Stet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     # The one that is added last is the outermost.
-    app.add_middleware(Gate, keys=keys, metrics=metrics, documented=documented)
+    app.add_middleware(Gate, keys=keys, metrics=metrics, limits=limits, documented=documented)
     app.add_middleware(Observer, metrics=metrics)
     app.add_exception_handler(HTTPException, _routing_error)
 

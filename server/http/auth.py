@@ -19,6 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from server.generation import GenerationRequest, Problem
 from server.http.budgets import Budget
 from server.http.errors import HttpError, error_response
+from server.http.intake import Intake
+from server.http.limits import Limits
 from server.http.routes import ADMIN, GENERATING, INFER, find_route, not_found, role_of
 from server.keys import KeyEntry, KeysError, find_entry, parse_keys, read_keys
 from server.metrics import Metrics
@@ -137,6 +139,7 @@ class Gate:
         app: ASGIApp,
         keys: KeyRing | None,
         metrics: Metrics,
+        limits: Limits,
         documented: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -145,6 +148,7 @@ class Gate:
         self._metrics = metrics
         self._documented = documented
         self._clock = clock
+        self._intake = Intake(limits.max_intake_bytes)
         self._everyone = Caller("", frozenset({INFER, "metrics"}), Budget(None, clock()))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -162,7 +166,11 @@ class Gate:
             await error_response(error.code, error.problems, error.headers)(scope, receive, send)
             return
         scope[CALLER] = caller
-        await self._app(scope, receive, send)
+        share = self._intake.watch(receive)
+        try:
+            await self._app(scope, share.receive, send)
+        finally:
+            share.close()
 
     def _admit(self, route: str | None, scope: Scope) -> Caller:
         role = None if route is None else role_of(route)
