@@ -1,4 +1,4 @@
-"""The README and the code say the same: routes and roles, commands and flags, bodies that are accepted as they stand."""
+"""The README and the code say the same: routes and roles, commands and flags, and bodies that are accepted as shown."""
 
 from __future__ import annotations
 

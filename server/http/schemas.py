@@ -28,7 +28,8 @@ _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 
 ROLES = ("system", "user", "assistant", "tool")
 
-_NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+# They are looked for by an automaton whose making takes a microsecond a character, while everyone waits.
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -108,8 +109,8 @@ class GenerateBody(BaseModel):
         "an integer from 1 to 8", "that many choices of the same prompt, each drawn for itself", shown="1", ge=1, le=8
     )
 
-    stop: Annotated[list[_NonEmpty] | None, BeforeValidator(_one_or_many)] = parameter(
-        "a non-empty string, or up to 16 of them", shown="[]", max_length=16, fail_fast=True
+    stop: Annotated[list[_Stop] | None, BeforeValidator(_one_or_many)] = parameter(
+        "a string of 1 to 256 characters, or up to 16 of them", shown="[]", max_length=16, fail_fast=True
     )
     include_stop: bool | None = parameter("true or false", "keeps the matched string in the text", shown="false")
     stop_token_ids: list[_TokenId] | None = parameter(
@@ -160,7 +161,7 @@ WORDS = Words(
     items={
         "prompt_token_ids": "a token id: an integer from 0",
         "stop_token_ids": "a token id: an integer from 0",
-        "stop": "a non-empty string",
+        "stop": "a string of 1 to 256 characters",
         "messages": "an object with `role` and `content`",
     },
     members={"messages": {"role": f"one of {', '.join(ROLES)}", "content": "a string"}},

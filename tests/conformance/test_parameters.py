@@ -83,7 +83,10 @@ TABLE: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "seed": ([0, 7, 2**53 - 1, 2**63 - 1], [-1, 2**63, *INTEGERS]),
     "n": ([1, 2, 8], [0, -1, 9, *INTEGERS]),
-    "stop": (["x", [], ["x"], [str(number) for number in range(16)]], ["", [""], ["x", 1], ["x"] * 17, 1, True, {}]),
+    "stop": (
+        ["x", [], ["x"], "y" * 256, [str(number) for number in range(16)]],
+        ["", [""], ["x", 1], ["x"] * 17, "y" * 257, ["x", "y" * 257], 1, True, {}],
+    ),
     "include_stop": ([True, False], BOOLS),
     "stop_token_ids": (
         [[], [0], [LAST] * 64],
