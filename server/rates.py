@@ -58,10 +58,12 @@ class DrainRate:
         self._freed.extend([now] * places)
 
     def wait(self, places: int, now: float) -> int:
-        """Whole seconds until so many places should be free; 1 to 60."""
+        """Whole seconds after which to try again for so many places; 1 to 60."""
+        seconds = self.seconds_until(places, now)
+        return _UNKNOWN_WAIT_SECONDS if seconds is None else min(_LONGEST_WAIT_SECONDS, max(1, math.ceil(seconds)))
+
+    def seconds_until(self, places: int, now: float) -> float | None:
+        """How long so many places took to get free lately; None if none has."""
         while self._freed and self._freed[0] < now - _WINDOW_SECONDS:
             self._freed.popleft()
-        if not self._freed:
-            return _UNKNOWN_WAIT_SECONDS
-        window = max(1.0, now - self._freed[0])
-        return min(_LONGEST_WAIT_SECONDS, max(1, math.ceil(places * window / len(self._freed))))
+        return places * max(1.0, now - self._freed[0]) / len(self._freed) if self._freed else None

@@ -56,6 +56,7 @@ def test_a_drain_rate_tells_when_places_get_free() -> None:
     drain.freed(1, 100.0)
     drain.freed(4, 119.5)
     assert drain.wait(1, 119.5) == 4
+    assert drain.seconds_until(1, 119.5) == 3.9
     assert drain.wait(8, 119.5) == 32
     assert drain.wait(64, 119.5) == 60
     drain.freed(1000, 119.5)
