@@ -326,9 +326,11 @@ async def _serve_until_stopped(
     import asyncio
     from pathlib import Path
 
+    from server.config import ConfigError
     from server.http.app import create_app
     from server.http.auth import KeyRing
     from server.http.serving import HttpServer
+    from server.keys import KeysError
     from server.logs import configure_logging
     from server.metrics import Metrics
     from server.service import Service, ServiceSettings
@@ -339,7 +341,10 @@ async def _serve_until_stopped(
     metrics = Metrics()
     limits = Limits(crashes=settings.max_crashes_per_minute)
     supervisor = Supervisor(settings.engine_config(), metrics, command=command, first=process, limits=limits)
-    keys = None if settings.api_keys is None else KeyRing(Path(settings.api_keys), metrics)
+    try:
+        keys = None if settings.api_keys is None else KeyRing(Path(settings.api_keys), metrics)
+    except KeysError as error:  # it has changed since it was checked
+        raise ConfigError(f"--api-keys {settings.api_keys}: {error}") from None
     spent = (lambda tenant, tokens: None) if keys is None else keys.spend
     service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting), spent=spent)
     server = HttpServer(create_app(service, metrics, keys=keys, documented=settings.docs), metrics, sock)
