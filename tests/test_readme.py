@@ -29,7 +29,7 @@ def section(title: str) -> str:
 def test_routes_and_roles() -> None:
     rows = re.findall(r"^\| `(GET|POST) (\S+)` \| .+ \| (\w+) \|$", section("API"), re.MULTILINE)
     assert {route: role for _, route, role in rows} == {route: role or "open" for route, role in ROLE_OF.items()}
-    paths = openapi_document(Limits(), False)["paths"]
+    paths = {path: item for path, item in openapi_document(Limits(), False)["paths"].items() if "{" not in path}
     assert {route: method.lower() for method, route, _ in rows} == {
         route: next(iter(operations)) for route, operations in paths.items()
     }

@@ -80,6 +80,7 @@ def openapi_document(limits: Limits, with_keys: bool) -> dict[str, Any]:
         "paths": {route: _operations(route, with_keys) for route in ROUTES},
         "components": {"schemas": schemas},
     }
+    document["paths"][f"{MODELS}/{{model}}"] = _one_model(document["paths"][MODELS])
     if with_keys:
         document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return document
@@ -211,6 +212,19 @@ def _operations(route: str, with_keys: bool) -> dict[str, Any]:
     if with_keys and ROLE_OF[route] is not None:
         operation["security"] = [{"key": []}]
     return {"get" if body is None else "post": operation}
+
+
+def _one_model(models: Mapping[str, Any]) -> dict[str, Any]:
+    """The served model by its name, from the operations of the list of models."""
+    error = {"content": {"application/json": {"schema": {"$ref": f"{_REF}Error"}}}, "headers": _HEADERS}
+    name = {"type": "string", "minLength": 1, "maxLength": 256}
+    operation = models["get"] | {
+        "summary": "That model alone",
+        "operationId": "v1_models_one",
+        "parameters": [{"name": "model", "in": "path", "required": True, "schema": name}],
+        "responses": models["get"]["responses"] | {"404": {"description": ", ".join(_codes(404)), **error}},
+    }
+    return {"get": operation}
 
 
 def _codes(status: int) -> list[str]:

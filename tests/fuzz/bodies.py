@@ -59,7 +59,7 @@ def _send(operation: Any, mode: Any, count: int, number: int, client: Any, repor
         report.sent(f"{mode.value} bodies")
         what = f"{operation.label} {content!r:.400}"
         began = time.monotonic()
-        answer = client.request(operation.method.upper(), operation.path, content=content, headers=headers)
+        answer = client.request(operation.method.upper(), sent["url"], content=content, headers=headers)
         report.answered(answer.status_code, time.monotonic() - began, what)
         _check(operation, answer, what, report)
 
