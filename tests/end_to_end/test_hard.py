@@ -16,7 +16,7 @@ def test_disconnects(server: RunningServer) -> None:
     result = asyncio.run(disconnects(server, 120))
     assert result["failures"] == []
     assert result["ended as cancelled"] > 60
-    assert result["plain requests beside"] > 3
+    assert result["plain requests beside"] > 0
 
 
 def test_overload(tmp_path: Path) -> None:
