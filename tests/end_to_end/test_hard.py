@@ -22,7 +22,7 @@ def test_disconnects(server: RunningServer) -> None:
 def test_overload(tmp_path: Path) -> None:
     with running_server(["--max-running", "8", "--max-waiting", "16"], log=tmp_path / "log") as server:
         server.wait_ready()
-        result = asyncio.run(overload(server, 8, 2.0, 128))
+        result = asyncio.run(overload(server, 8, 1.5, 128))
     # Times are the full version's: here the client and the server share what the other tests leave of the machine.
     assert [text for text in result["failures"] if "sent" in text or "Retry" in text] == []
     assert result["refused"] > result["accepted"] > 0
@@ -31,7 +31,7 @@ def test_overload(tmp_path: Path) -> None:
 
 
 def test_a_flood_by_one_key_leaves_another_its_share(tmp_path: Path) -> None:
-    result = run_flood(tmp_path, ["--max-running", "4"], 12, 32, 64)
+    result = run_flood(tmp_path, ["--max-running", "4"], 20, 32, 64)
     assert result["of the flood meanwhile"] > 10
     assert result["failures"] == []
 
