@@ -42,7 +42,7 @@ def main() -> int:
         "disconnects": lambda: _run([], lambda server: disconnects(server, 1000)),
         "readers": lambda: _run([], lambda server: readers(server, 100, 60, 900)),
         "overload": lambda: _run(few, lambda server: overload(server, 8, 10.0, 128)),
-        "flood": lambda: run_flood(Path(tempfile.mkdtemp()), ["--max-running", "4"], 60, 64, 64),
+        "flood": lambda: run_flood(Path(tempfile.mkdtemp()), ["--max-running", "2"], 60, 64, 64),
         # Where the flood gets all the places of a default server, a step is as long as all its streams make it.
         "flood-wide": lambda: run_flood(Path(tempfile.mkdtemp()), [], 60, 64, 64),
     }

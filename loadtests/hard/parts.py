@@ -229,7 +229,7 @@ async def flood(
 ) -> Result:
     """One key sends as much as it may and tries again at once; another one asks one thing after the other."""
     body = SHORT | {"max_new_tokens": new_tokens}
-    storm = SHORT | {"max_new_tokens": new_tokens // 2}
+    storm = SHORT | {"max_new_tokens": new_tokens // 4}
 
     async def solo() -> list[float]:
         taken = []

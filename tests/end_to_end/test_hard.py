@@ -31,7 +31,7 @@ def test_overload(tmp_path: Path) -> None:
 
 
 def test_a_flood_by_one_key_leaves_another_its_share(tmp_path: Path) -> None:
-    result = run_flood(tmp_path, ["--max-running", "4"], 20, 32, 64)
+    result = run_flood(tmp_path, ["--max-running", "2"], 20, 32, 64)
     assert result["of the flood meanwhile"] > 10
     assert result["failures"] == []
 
