@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: serve test check bench bench-peers format clean
+.PHONY: serve test check fuzz bench bench-hard bench-peers format clean
 
 # The CPU's kernels: compiled at installation, and again whenever their sources change. A missing compiler costs speed only.
 KERNELS := $(VENV)/.kernels
@@ -26,6 +26,10 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
+# 10,000 requests that nobody means well with, against a real server: some minutes.
+fuzz: $(VENV)/.dev $(KERNELS)
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,6 +37,10 @@ check: $(VENV)/.dev
 
 bench: $(VENV)/.bench $(KERNELS)
 	$(BIN)/python -m loadtests $(ARGS)
+
+# Clients that leave, do not read, come ten times too many, or flood: what becomes of the server and the others.
+bench-hard: $(VENV)/.serve $(KERNELS)
+	$(BIN)/python -m loadtests.hard $(ARGS)
 
 # Beside other engines and servers, each in an environment of its own under build/peers: see loadtests/README.md.
 bench-peers: $(VENV)/.bench $(KERNELS)

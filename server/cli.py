@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
+_MAX_SOCKETS = 65536
 _PROGRESS_SECONDS = 0.1
 
 
@@ -44,6 +45,10 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
 
             print(f"stet {VERSION}")
             return EXIT_OK
+        if flags.command == "keys":
+            from server.keys_command import run as run_keys
+
+            return run_keys(flags)
         if flags.command == "plan":
             return _plan(flags)
         if flags.command == "evaluate":
@@ -109,6 +114,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from server.planner.command import add_flags as add_plan_flags
 
         add_plan_flags(plan)
+    keys = commands.add_parser(
+        "keys",
+        help="make and list API keys",
+        description="Make and list API keys. A key is revoked by deleting its entry from the file.",
+        allow_abbrev=False,
+    )
+    if "keys" in given[:1]:
+        from server.keys_command import add_flags as add_keys_flags
+
+        add_keys_flags(keys)
     commands.add_parser("version", help="print the version", allow_abbrev=False)
     return parser.parse_args(arguments)
 
@@ -216,8 +231,10 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     from server.supervisor import EngineFailed, spawn_engine
 
     process: EngineProcess | None = None
+    _allow_connections()
     try:
         settings = resolve(vars(flags), os.environ)
+        _check_keys(settings)
         sock = open_socket(settings)
         try:
             process = spawn_engine(settings.engine_config(), command)
@@ -231,6 +248,31 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     finally:
         if process is not None:
             process.kill()
+
+
+def _allow_connections() -> None:
+    """As many open sockets as this process may have: the soft limit of many systems, 1024, is soon reached."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_SOCKETS if hard == resource.RLIM_INFINITY else min(hard, _MAX_SOCKETS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _check_keys(settings: Settings) -> None:
+    """Refuse a file of API keys that cannot be used, before anything is started. Raises ConfigError."""
+    if settings.api_keys is None:
+        return
+    from pathlib import Path
+
+    from server.config import ConfigError
+    from server.keys import KeysError, parse_keys, read_keys
+
+    try:
+        parse_keys(read_keys(Path(settings.api_keys)))
+    except KeysError as error:
+        raise ConfigError(f"--api-keys {settings.api_keys}: {error}") from None
 
 
 def _fail(message: str, code: int) -> int:
@@ -282,9 +324,13 @@ async def _serve_until_stopped(
     settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
 ) -> int:
     import asyncio
+    from pathlib import Path
 
+    from server.config import ConfigError
     from server.http.app import create_app
+    from server.http.auth import KeyRing
     from server.http.serving import HttpServer
+    from server.keys import KeysError
     from server.logs import configure_logging
     from server.metrics import Metrics
     from server.service import Service, ServiceSettings
@@ -295,13 +341,19 @@ async def _serve_until_stopped(
     metrics = Metrics()
     limits = Limits(crashes=settings.max_crashes_per_minute)
     supervisor = Supervisor(settings.engine_config(), metrics, command=command, first=process, limits=limits)
-    service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting))
-    server = HttpServer(create_app(service, metrics), metrics, sock)
+    try:
+        keys = None if settings.api_keys is None else KeyRing(Path(settings.api_keys), metrics)
+    except KeysError as error:  # it has changed since it was checked
+        raise ConfigError(f"--api-keys {settings.api_keys}: {error}") from None
+    spent = (lambda tenant, tokens: None) if keys is None else keys.spend
+    service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting), spent=spent)
+    server = HttpServer(create_app(service, metrics, keys=keys, documented=settings.docs), metrics, sock)
 
     stop = asyncio.Event()
     _take_signals(stop)
     await service.start()
     serving = await server.start()
+    watching = None if keys is None else asyncio.create_task(keys.watch(), name="api-keys")
     starting = asyncio.create_task(_announce(sock, service, supervisor, began, as_text))
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -313,8 +365,9 @@ async def _serve_until_stopped(
             serving.result()
         await service.drain(settings.drain_timeout)
     finally:
-        starting.cancel()
-        stopping.cancel()
+        for task in (starting, stopping, watching):
+            if task is not None:
+                task.cancel()
         await server.stop()
         await service.stop()
     return EXIT_OK

@@ -112,7 +112,11 @@ class Settings:
     model: str = _setting("stet-tales", _text, "what to serve: a folder, a Hub name, or the embedded model", "MODEL")
     host: str = _setting("127.0.0.1", _text, "address to bind", "ADDRESS")
     port: int = _setting(8000, integer(0, 65535), "port to bind; 0 takes a free one", "PORT")
+    api_keys: str | None = _setting(
+        None, _text, "file of API keys, made by 'stet keys create'; it may change while the server runs", "FILE", "none"
+    )
     insecure: bool = _setting(False, _switch, "allow an address that other machines can reach, without API keys")
+    docs: bool = _setting(False, _switch, "serve /openapi.json, and /docs that shows it")
     revision: str | None = _setting(None, _text, "branch, tag or commit of a Hub model", "NAME", "the main one")
     offline: bool = _setting(False, _switch, "use only what is on this machine; download nothing")
     device: str = _setting("auto", choice("auto", "cpu", "cuda"), "where the model runs: auto, cpu or cuda", "DEVICE")
@@ -256,11 +260,16 @@ def check_exposure(settings: Settings, addresses: Sequence[str]) -> None:
 
     addresses: the numeric addresses that the host stands for.
     """
-    if settings.insecure or all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses):
+    if (
+        settings.insecure
+        or settings.api_keys is not None
+        or all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in addresses)
+    ):
         return
     raise ConfigError(
-        f"--host {settings.host} can be reached by other machines, and everyone there could use this server: API keys "
-        "come with a later version. Bind 127.0.0.1, or say --insecure if the network in front of it is trusted"
+        f"--host {settings.host} can be reached by other machines, and everyone there could use this server. Make API "
+        "keys ('stet keys create') and name their file with --api-keys, bind 127.0.0.1, or say --insecure if the "
+        "network in front of it is trusted"
     )
 
 

@@ -80,8 +80,9 @@ class Job:
         request = self._request
         self.prompt_tokens = prompt_tokens
         self._submitted = now
+        stops = StopMatcher(request.stop, request.include_stop) if request.stop else None
         for index in range(request.n):
-            matcher = StopMatcher(request.stop, request.include_stop) if request.stop else None
+            matcher = stops.fresh() if stops is not None else None
             detokenizer = text.detokenizer(request.skip_special_tokens, continues=True)
             self._choices.append(Choice(index, detokenizer, matcher, params.min_new_tokens))
 

@@ -36,18 +36,22 @@ ENDPOINTS = ("/generate", "/v1/completions", "/v1/chat/completions")
 FINISHED = ("stop", "length", "cancelled", "deadline", "error")
 REFUSED = (
     "invalid_request",
+    "unauthorized",
+    "forbidden",
     "model_not_found",
     "context_length_exceeded",
     "timeout",
     "too_large",
     "unsupported_media_type",
     "queue_full",
+    "rate_limited",
     "internal",
     "unsupported",
     "loading",
     "draining",
     "engine_restarting",
 )
+_RELOADS = ("loaded", "refused")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _DISCARD_REASONS = ("stop", "abort", "pipeline")
 _MEMORY_KINDS = ("weights", "kv_cache", "workspace", "graphs")
@@ -162,6 +166,11 @@ class Metrics:
         )
         self._memory = gauge("stet_memory_bytes", "Memory of the engine by kind.", ("kind",))
 
+        self._keys = gauge("stet_api_keys", "API keys in force.")
+        self._key_reloads = counter(
+            "stet_api_key_reloads_total", "Times the file of API keys had changed, by what came of it.", ("outcome",)
+        )
+
         self._http_requests = counter(
             "stet_http_requests_total", "HTTP requests answered.", ("route", "method", "status")
         )
@@ -177,6 +186,8 @@ class Metrics:
                 self._requests.labels(endpoint, outcome)
         for reason in _DISCARD_REASONS:
             self._discarded.labels(reason)
+        for outcome in _RELOADS:
+            self._key_reloads.labels(outcome)
         for kind in _MEMORY_KINDS:
             self._memory.labels(kind)
         self._set_gauges(0, 0, 0, 0, 0)
@@ -292,6 +303,21 @@ class Metrics:
             self._decode.observe(decode)
             if generated_tokens > 1:
                 self._time_per_output_token.observe(decode / (generated_tokens - 1))
+
+    def request_refused(self, endpoint: str, outcome: str) -> None:
+        """A request to an endpoint that generates was refused before anybody read what it asks for."""
+        self._requests.labels(endpoint, outcome).inc()
+
+    # API keys
+
+    def keys_loaded(self, count: int) -> None:
+        """So many keys are in force from now on."""
+        self._keys.set(count)
+        self._key_reloads.labels("loaded").inc()
+
+    def keys_refused(self) -> None:
+        """The file of keys has changed into one that cannot be used."""
+        self._key_reloads.labels("refused").inc()
 
     # HTTP
 

@@ -13,10 +13,8 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import secrets
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +37,7 @@ from server.generation import (
     Usage,
 )
 from server.job import Job
+from server.rates import DrainRate
 from server.supervisor import EngineFailed, Supervisor
 from server.text.template import TemplateError, message_problems
 from server.text.tokenizer import ModelText, ModelTextError
@@ -53,7 +52,9 @@ ServiceState = Literal["loading", "ready", "draining", "engine_restarting", "fai
 
 # What a parameter is when neither the request nor the model's generation_config.json says.
 _DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
-_RATE_WINDOW_SECONDS = 30.0
+# A named tenant may hold so many times the places that it leaves free. So whoever floods the queue leaves a part of it,
+# and a second one a part of that, for whoever comes next (dynamic thresholds: Choudhury and Hahne, 1998).
+_PLACES_PER_FREE_PLACE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,12 @@ class Service:
         settings: ServiceSettings | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        spent: Callable[[str, int], None] = lambda tenant, tokens: None,
     ) -> None:
-        """supervisor: one that was not started yet; the service starts and stops it. clock: seconds, monotonic."""
+        """supervisor: one that was not started yet; the service starts and stops it. clock: seconds, monotonic.
+
+        spent: is told, when a request has ended, its tenant and its tokens, those of the prompt and those delivered.
+        """
         self._supervisor = supervisor
         self._client = EngineClient(supervisor, metrics, clock=clock)
         self._metrics = metrics
@@ -99,11 +104,13 @@ class Service:
         self._fingerprint = ""
         self._failure: EngineFailed | None = None
         self._draining = False
+        self._spent = spent
         self._places_taken = 0
+        self._places_of: dict[str, int] = {}
         self._jobs: set[Job] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._finished: deque[float] = deque(maxlen=4096)
+        self._drain_rate = DrainRate()
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(6)
 
@@ -354,9 +361,10 @@ class Service:
                 self._client.close(mailbox)
             now = self._clock()
             if reserved:
-                self._release(request.n, now)
+                self._release(request.tenant, request.n, now)
             if job is not None:
                 self._jobs.discard(job)
+                self._spent(request.tenant, job.prompt_tokens + job.num_tokens)
             if outcome is None:
                 # Ended as its choices did; or its reader went away, and GeneratorExit or CancelledError passes by.
                 outcome = job.outcome if job is not None and job.ended else FinishReason.CANCELLED.value
@@ -415,7 +423,7 @@ class Service:
     async def _check_together(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """The requests with their prompts as tokens, once all could be carried out now. Raises Refusal."""
         ready, text = self._ready()
-        self._check_room(ready, sum(request.n for request in requests))
+        self._check_room(ready, sum(request.n for request in requests), requests[0].tenant)
         seed = requests[0].seed if requests[0].seed is not None else secrets.randbelow(2**53)
         checked: list[GenerationRequest] = []
         for position, request in enumerate(requests):
@@ -439,41 +447,42 @@ class Service:
             raise self._not_ready()
         return ready, text
 
-    def _check_room(self, ready: Ready, places: int) -> None:
-        """Raise Refusal unless so many places are free."""
+    def _check_room(self, ready: Ready, places: int, tenant: str) -> None:
+        """Raise Refusal unless so many places are free, and this tenant may take them."""
         capacity = self._capacity(ready)
         if places > capacity:
             message = f"The prompts' {places} choices exceed the {capacity} places of this server."
             raise Refusal("invalid_request", [Problem("prompt", message, places, f"up to {capacity} choices")])
         if self._places_taken + places > capacity:
             message = f"All {capacity} places are taken ({ready.max_running} running, the rest waiting)."
-            raise Refusal("queue_full", [Problem(None, message)], self._retry_after(places))
+            raise Refusal("queue_full", [Problem(None, message)], self._drain_rate.wait(places, self._clock()))
+        if not tenant:
+            return
+        mine = self._places_of.get(tenant, 0) + places
+        # The first request of a tenant is not too large for a share: it would never get in.
+        if mine > places and mine > _PLACES_PER_FREE_PLACE * (capacity - self._places_taken - places):
+            message = f"This API key holds {mine - places} of {capacity} places; the others are for other keys."
+            raise Refusal("queue_full", [Problem(None, message)], self._drain_rate.wait(places, self._clock()))
 
     def _reserve(self, request: GenerationRequest) -> tuple[Ready, ModelText]:
         """Take the request's places, all or none, without a pause in which another could. Raises Refusal."""
         ready, text = self._ready()
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        self._check_room(ready, request.n)
+        self._check_room(ready, request.n, request.tenant)
         self._places_taken += request.n
+        self._places_of[request.tenant] = self._places_of.get(request.tenant, 0) + request.n
         self._idle.clear()
         return ready, text
 
-    def _release(self, places: int, now: float) -> None:
+    def _release(self, tenant: str, places: int, now: float) -> None:
         self._places_taken -= places
-        self._finished.extend([now] * places)
+        self._places_of[tenant] -= places
+        if not self._places_of[tenant]:
+            del self._places_of[tenant]
+        self._drain_rate.freed(places, now)
         if self._places_taken == 0:
             self._idle.set()
-
-    def _retry_after(self, places: int) -> int:
-        """Seconds until so many places should be free, from how fast they got free lately; 1 to 60."""
-        now = self._clock()
-        while self._finished and self._finished[0] < now - _RATE_WINDOW_SECONDS:
-            self._finished.popleft()
-        if not self._finished:
-            return 5
-        window = max(1.0, now - self._finished[0])
-        return min(60, max(1, math.ceil(places * window / len(self._finished))))
 
     def _not_ready(self) -> Refusal:
         state = self.state

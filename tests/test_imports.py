@@ -38,6 +38,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.engine.plan": ("server.engine.request",),
     "server.engine.messages": ("server.engine.request", "server.engine.config", "server.engine.identity"),
     **{f"server.engine.{name}": PURE for name in PURE_NAMES},
+    "server.keys": (),
+    "server.rates": (),
+    "server.keys_command": ("server.config", "server.keys"),
     "server.planner": (
         "server.planner",
         "server.engine.memory",
@@ -69,6 +72,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "server.service": (
         "server.job",
+        "server.rates",
         "server.client",
         "server.supervisor",
         "server.text",
@@ -79,6 +83,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "server.http": (
         "server.http",
+        "server.keys",
+        "server.rates",
         "server.service",
         "server.planner",
         "server.generation",
@@ -95,6 +101,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.evaluate": ("server.config", "server.engine", "server.progress", "server.version", "models", "kernels"),
     "server.cli": (
         "server.config",
+        "server.keys",
+        "server.keys_command",
         "server.evaluate",
         "server.quantize",
         "server.planner",

@@ -65,7 +65,7 @@ class Request:
     choice            index among the n choices of the request; part of the random generator's counter
     priority          higher first, within one tenant
     tenant            who shares fairly with whom (an API key)
-    cache_salt        cached prefixes are shared only between equal salts
+    cache_salt        cached prefixes are shared only between equal salts of one tenant
     arrival           order of arrival, a counter (no clock): older is smaller
 
     num_computed_tokens  tokens whose K and V lie in `block_ids`, counted from the start of the sequence, steps in

@@ -419,7 +419,8 @@ class Scheduler:
         while len(keys) <= index:
             start = len(keys) * block_size
             tokens = entry.request.token_ids(start, start + block_size)
-            extra_keys = (entry.request.cache_salt,)
+            # The tenant's name is a salt too: nobody finds, or learns by the time it takes, what another one has sent.
+            extra_keys = (entry.request.tenant, entry.request.cache_salt)
             keys.append(BlockKey(keys[-1] if keys else None, tokens, extra_keys, self.pool.digest))
         return keys[index]
 

@@ -14,12 +14,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.generation import Problem, Refusal
+from server.http.auth import FIELDS, Caller, Gate, KeyRing, caller_of
 from server.http.errors import ClientGone, HttpError, error_response, internal_problem, refusal_response
 from server.http.generate import Call, GenerationResponse, known_params, read_generate
 from server.http.limits import Limits
-from server.http.openai.calls import CHAT, COMPLETIONS, read_chat, read_completion
+from server.http.openai.calls import read_chat, read_completion
 from server.http.openai.schemas import ChatBody, CompletionBody
+from server.http.openapi import documentation_page, openapi_document
 from server.http.plan import PlanBody, PlanRoute, PlanService
+from server.http.routes import CHAT, COMPLETIONS, MODELS, find_route, not_found
 from server.http.schemas import GenerateBody
 from server.http.sse import encode_json
 from server.http.tokens import DetokenizeBody, TokenizeBody, TokenService, detokenize, tokenize
@@ -28,17 +31,15 @@ from server.metrics import Metrics
 request_log = logging.getLogger("stet.request")
 logger = logging.getLogger("stet.http")
 
-_MODELS = "/v1/models"
-ROUTES = (
-    *("/generate", COMPLETIONS, CHAT, _MODELS, "/tokenize", "/detokenize", "/plan"),
-    *("/info", "/livez", "/readyz", "/health", "/metrics"),
-)
-_FIELDS = "stet.fields"
 _NAMES = frozenset().union(
     *(body.model_fields for body in (GenerateBody, ChatBody, CompletionBody, TokenizeBody, DetokenizeBody, PlanBody))
 )
 # No client sees it: the log's and the metrics' way to say that the client left before an answer, as in nginx.
 _CLIENT_GONE = 499
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+}
 _PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
@@ -51,18 +52,29 @@ class AppService(TokenService, PlanService, Protocol):
     def info(self) -> Mapping[str, Any]: ...
 
 
-def create_app(service: AppService, metrics: Metrics, limits: Limits | None = None) -> FastAPI:
-    """The ASGI application over a service. Owns nothing: starting, draining and stopping are the caller's."""
+def create_app(
+    service: AppService,
+    metrics: Metrics,
+    limits: Limits | None = None,
+    keys: KeyRing | None = None,
+    documented: bool = False,
+) -> FastAPI:
+    """The ASGI application over a service. Owns nothing: starting, draining and stopping are the caller's.
+
+    keys: the API keys that are asked for; None asks for none. documented: whether /openapi.json and /docs are there.
+    """
     limits = limits or Limits()
-    # No generated documentation pages: they load scripts from elsewhere, and docs/api.md is the contract.
+    # Not the documentation pages of the framework: they load scripts from elsewhere, and know nothing of our bodies.
     app = FastAPI(title="Stet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    # The one that is added last is the outermost.
+    app.add_middleware(Gate, keys=keys, metrics=metrics, limits=limits, documented=documented)
     app.add_middleware(Observer, metrics=metrics)
     app.add_exception_handler(HTTPException, _routing_error)
 
     def generation(path: str, read: Callable[[Request, AppService, Limits], Awaitable[Call]]) -> None:
         @app.post(path, response_model=None)
         async def generate(request: Request) -> Response:
-            fields: dict[str, Any] = request.scope[_FIELDS]
+            fields: dict[str, Any] = request.scope[FIELDS]
             began = time.monotonic()
             try:
                 call = await read(request, service, limits)
@@ -78,12 +90,19 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
                 _count_refusal(metrics, path, "internal", began)
                 raise
             fields["stream"] = call.stream
-            return GenerationResponse(call, limits, fields)
+            caller = caller_of(request.scope)
+            try:
+                caller.budget.enter(call.num_outputs, time.monotonic())
+            except HttpError as error:
+                _count_refusal(metrics, path, error.code, began)
+                fields.update(outcome=error.code)
+                return error_response(error.code, error.problems, error.headers)
+            return _Held(GenerationResponse(call, limits, fields), caller, call.num_outputs)
 
     def text(path: str, answer: Callable[[Request, AppService, Limits], Awaitable[bytes]]) -> None:
         @app.post(path, response_model=None)
         async def tokens(request: Request) -> Response:
-            fields: dict[str, Any] = request.scope[_FIELDS]
+            fields: dict[str, Any] = request.scope[FIELDS]
             try:
                 return Response(await answer(request, service, limits), media_type="application/json")
             except HttpError as error:
@@ -116,11 +135,11 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
     def loading() -> Response:
         return error_response("loading", [Problem(None, "The model is being loaded.")])
 
-    @app.api_route(_MODELS, methods=["GET", "HEAD"], response_model=None)
+    @app.api_route(MODELS, methods=["GET", "HEAD"], response_model=None)
     async def models() -> Response:
         return _json({"object": "list", "data": [model_object()]}) if service.model else loading()
 
-    @app.api_route(_MODELS + "/{name:path}", methods=["GET", "HEAD"], response_model=None)
+    @app.api_route(MODELS + "/{name:path}", methods=["GET", "HEAD"], response_model=None)
     async def model(name: str) -> Response:
         if not service.model:
             return loading()
@@ -149,7 +168,35 @@ def create_app(service: AppService, metrics: Metrics, limits: Limits | None = No
         body, content_type = metrics.render(request.headers.get("accept"))
         return Response(body, headers={"content-type": content_type})
 
+    if documented:
+        document = openapi_document(limits, keys is not None)
+        page = documentation_page(document)
+
+        @app.api_route("/openapi.json", methods=["GET", "HEAD"], response_model=None)
+        async def openapi() -> Response:
+            return _json(document)
+
+        @app.api_route("/docs", methods=["GET", "HEAD"], response_model=None)
+        async def docs() -> Response:
+            return Response(page, headers=_PAGE_HEADERS, media_type="text/html")
+
     return app
+
+
+class _Held(Response):
+    """An answer that holds its caller's places until it has been sent, or could not be."""
+
+    def __init__(self, answer: Response, caller: Caller, places: int) -> None:
+        self.background = None
+        self._answer = answer
+        self._caller = caller
+        self._places = places
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._caller.budget.leave(self._places, time.monotonic())
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> Response:
@@ -177,8 +224,8 @@ async def _routing_error(request: Request, error: Exception) -> Response:
         allow = ", ".join(sorted(method.strip() for method in (error.headers or {}).get("Allow", "").split(",")))
         text = f"{request.method} is not allowed here: use {allow}."
         return error_response("method_not_allowed", [Problem(None, text)], {"allow": allow})
-    # The path is not repeated: an answer holds nothing that a log or a page could take for markup.
-    return error_response("not_found", [Problem(None, f"No such route. There are {', '.join(ROUTES)}.")])
+    unknown = not_found()
+    return error_response(unknown.code, unknown.problems)
 
 
 class Observer:
@@ -199,7 +246,7 @@ class Observer:
         status = 0
         request_id = f"req-{secrets.token_hex(8)}"
         fields: dict[str, Any] = {}
-        scope[_FIELDS] = fields
+        scope[FIELDS] = fields
 
         async def observed_send(message: Message) -> None:
             nonlocal status
@@ -218,10 +265,7 @@ class Observer:
             # Otherwise the answer is left unfinished, and the server closes the connection.
         finally:
             seconds = time.perf_counter() - began
-            path = scope["path"]
-            route = path if path in ROUTES else "other"
-            if path.startswith(_MODELS + "/"):
-                route = _MODELS
+            route = find_route(scope.get("raw_path") or b"") or "other"
             self._metrics.http_request(route, scope["method"], status or _CLIENT_GONE, seconds)
             # Probes come every second and say what the metrics say too.
             level = logging.DEBUG if route in _PROBES else logging.INFO

@@ -14,6 +14,8 @@ from server.generation import Problem, Refusal
 STATUS = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
+    "unauthorized": 401,
+    "forbidden": 403,
     "not_found": 404,
     "model_not_found": 404,
     "method_not_allowed": 405,
@@ -22,6 +24,7 @@ STATUS = {
     "unsupported_media_type": 415,
     "headers_too_large": 431,
     "queue_full": 429,
+    "rate_limited": 429,
     "internal": 500,
     "unsupported": 501,
     "loading": 503,

@@ -117,9 +117,6 @@ def _translate(kind: type[BaseModel], words: Words, location: tuple[int | str, .
     name = str(location[0])
     allowed = allowed_of(kind.model_fields[name])
     if len(location) == 1:
-        if name == "priority" and type(value) is int and 0 < value <= 100:
-            text = "priority above 0 needs the admin role, which no request has without API keys."
-            return Problem(name, text, value, "an integer from −100 to 0")
         return must_be(name, value, allowed)
     if isinstance(location[1], int):
         param = f"{name}[{location[1]}]"

@@ -25,6 +25,7 @@ from server.generation import (
     Started,
     TextDelta,
 )
+from server.http.auth import sign
 from server.http.errors import HttpError, error_response, internal_problem, refusal_response
 from server.http.limits import Limits, parse_json_object, read_body
 from server.http.schemas import parse_generate
@@ -108,6 +109,7 @@ async def read_generate(request: Request, service: Generator, limits: Limits) ->
     parsed = await asyncio.to_thread(parse_generate, sent) if is_large(sent) else parse_generate(sent)
     wanted = parsed.request
     refuse(merge(parsed.problems, service.problems(wanted)), parsed.unsupported)
+    wanted = sign(request.scope, wanted)
     return Call(
         "/generate",
         parsed.stream,

@@ -18,10 +18,11 @@ from server.http.errors import ClientGone, HttpError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one connection. Seconds and bytes; the defaults are those of docs/api.md.
+    """Bounds of a connection, and one of all together. Seconds and bytes; the defaults are those of docs/api.md.
 
     max_head_bytes     request line and headers
     max_body_bytes     the body, declared or received
+    max_intake_bytes   all bodies together that have begun to arrive and are not complete
     receipt_seconds    for the head, and again for the body, to arrive
     admission_seconds  a stream's headers go out after this long in the queue, if its first token has not come
     keep_alive_seconds of silence after which a stream says that it lives
@@ -30,6 +31,7 @@ class Limits:
 
     max_head_bytes: int = 16 * 1024
     max_body_bytes: int = 1024 * 1024
+    max_intake_bytes: int = 64 * 1024 * 1024
     receipt_seconds: float = 10.0
     admission_seconds: float = 10.0
     keep_alive_seconds: float = 15.0

@@ -20,6 +20,7 @@ from pydantic import (
 from server.generation import GenerationRequest, Problem
 from server.http.fields import Words, allowed_of, check, must_be, not_yet, parameter, short, unknown_names
 
+MAX_MESSAGES = 1024
 MAX_SEED = 2**63 - 1
 # The engine divides logits by a penalty in float32: what is less than this normal number would be 0 there.
 SMALLEST_FLOAT32 = 2.0**-126
@@ -27,7 +28,8 @@ _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 
 ROLES = ("system", "user", "assistant", "tool")
 
-_NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+# They are looked for by an automaton whose making takes a microsecond a character, while everyone waits.
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -54,9 +56,10 @@ class GenerateBody(BaseModel):
         "one or more token ids in the vocabulary", min_length=1, fail_fast=True
     )
     messages: list[Message] | None = parameter(
-        "one or more objects with `role` and `content`",
+        "1 to 1024 objects with `role` and `content`",
         "roles: system, user, assistant, tool; the model's chat template makes the prompt",
         min_length=1,
+        max_length=MAX_MESSAGES,
         fail_fast=True,
     )
 
@@ -106,8 +109,8 @@ class GenerateBody(BaseModel):
         "an integer from 1 to 8", "that many choices of the same prompt, each drawn for itself", shown="1", ge=1, le=8
     )
 
-    stop: Annotated[list[_NonEmpty] | None, BeforeValidator(_one_or_many)] = parameter(
-        "a non-empty string, or up to 16 of them", shown="[]", max_length=16, fail_fast=True
+    stop: Annotated[list[_Stop] | None, BeforeValidator(_one_or_many)] = parameter(
+        "a string of 1 to 256 characters, or up to 16 of them", shown="[]", max_length=16, fail_fast=True
     )
     include_stop: bool | None = parameter("true or false", "keeps the matched string in the text", shown="false")
     stop_token_ids: list[_TokenId] | None = parameter(
@@ -120,7 +123,11 @@ class GenerateBody(BaseModel):
     skip_special_tokens: bool | None = parameter("true or false", "leaves them out of the text", shown="true")
     add_special_tokens: bool | None = parameter("true or false", "to a `prompt`", shown="true")
     priority: int | None = parameter(
-        "an integer from −100 to 0", "higher first; aged by waiting, so that none starves", shown="0", ge=-100, le=0
+        "an integer from −100 to 0, with the role admin to 100",
+        "higher first within one API key; aged by waiting, so that none starves",
+        shown="0",
+        ge=-100,
+        le=100,
     )
     request_id: str | None = parameter(
         "1 to 128 printable characters",
@@ -154,7 +161,7 @@ WORDS = Words(
     items={
         "prompt_token_ids": "a token id: an integer from 0",
         "stop_token_ids": "a token id: an integer from 0",
-        "stop": "a non-empty string",
+        "stop": "a string of 1 to 256 characters",
         "messages": "an object with `role` and `content`",
     },
     members={"messages": {"role": f"one of {', '.join(ROLES)}", "content": "a string"}},

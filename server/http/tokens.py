@@ -15,6 +15,7 @@ from server.http.generate import read_object
 from server.http.limits import Limits
 from server.http.openai.calls import ModelService, check_model
 from server.http.openai.schemas import MESSAGE_MEMBERS, ChatMessage, messages_of, plain_messages
+from server.http.schemas import MAX_MESSAGES
 from server.http.sse import encode_json
 
 _MODEL = ("the name of the served model", "left out, it is that one")
@@ -29,9 +30,10 @@ class TokenizeBody(BaseModel):
 
     prompt: str | None = parameter("text", "exactly one of `prompt`, `messages`")
     messages: list[ChatMessage] | None = parameter(
-        "one or more objects with `role` and `content`",
+        "1 to 1024 objects with `role` and `content`",
         "as in `/v1/chat/completions`: the chat template makes the prompt",
         min_length=1,
+        max_length=MAX_MESSAGES,
         fail_fast=True,
     )
     add_special_tokens: bool | None = parameter("true or false", "to a `prompt`", shown="true")

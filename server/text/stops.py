@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 
@@ -60,6 +61,12 @@ class StopMatcher:
         self._include_stop = include_stop
         self._held = ""
         self.matched: str | None = None
+
+    def fresh(self) -> StopMatcher:
+        """Another matcher of the same stops, at the beginning of another text. It shares what takes time to make."""
+        other = copy(self)
+        other._node, other._held, other.matched = self._root, "", None
+        return other
 
     def push(self, text: str, armed: bool = True) -> str:
         """Text that is now certain to be part of the output. Sets `matched` when a stop string is complete.

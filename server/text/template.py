@@ -26,8 +26,16 @@ class TemplateError(Exception):
     """The template refuses these messages, or fails on them. One line for a person."""
 
 
+class _Raised(jinja2.TemplateError):
+    """What a template itself says of the messages, for whoever sent them: `said`."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said)
+        self.said = " ".join(said.split())[:300]
+
+
 def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    raise _Raised(str(message))
 
 
 def _strftime_now(form: str) -> str:
@@ -77,11 +85,13 @@ class ChatTemplate:
                 documents=None,
                 **self._special_tokens,
             )
-        except jinja2.TemplateError as error:
-            raise TemplateError(f"the model's chat template refuses these messages: {_one_line(error)}") from error
-        # A template is a program of somebody else's: whatever it trips over is a problem of these messages.
+        except _Raised as error:
+            raise TemplateError(f"the model's chat template refuses these messages: {error.said}") from error
+        # A template is a program of somebody else's: whatever it trips over is a problem of these messages. The words
+        # of such an error are Python's, which know addresses and paths.
         except Exception as error:
-            raise TemplateError(f"the model's chat template fails on these messages: {_one_line(error)}") from error
+            kind = type(error).__name__
+            raise TemplateError(f"the model's chat template fails on these messages ({kind})") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -83,7 +83,10 @@ TABLE: dict[str, tuple[list[Any], list[Any]]] = {
     ),
     "seed": ([0, 7, 2**53 - 1, 2**63 - 1], [-1, 2**63, *INTEGERS]),
     "n": ([1, 2, 8], [0, -1, 9, *INTEGERS]),
-    "stop": (["x", [], ["x"], [str(number) for number in range(16)]], ["", [""], ["x", 1], ["x"] * 17, 1, True, {}]),
+    "stop": (
+        ["x", [], ["x"], "y" * 256, [str(number) for number in range(16)]],
+        ["", [""], ["x", 1], ["x"] * 17, "y" * 257, ["x", "y" * 257], 1, True, {}],
+    ),
     "include_stop": ([True, False], BOOLS),
     "stop_token_ids": (
         [[], [0], [LAST] * 64],
@@ -143,9 +146,10 @@ def test_accepted(server: Launched, name: str, value: Any) -> None:
 @pytest.mark.parametrize(("name", "value"), cases(1), ids=label)
 def test_refused(server: Launched, name: str, value: Any) -> None:
     answer = server.generate(**body(name, value))
-    assert answer.status_code == 400, answer.text
+    needs_admin = name == "priority" and type(value) is int and 0 < value <= 100
+    assert answer.status_code == (403 if needs_admin else 400), answer.text
     error = answer.json()["error"]
-    assert error["code"] == "invalid_request"
+    assert error["code"] == ("forbidden" if needs_admin else "invalid_request")
     assert error["type"] == "invalid_request_error"
     assert error["message"].startswith(name)
     assert error["details"][0]["param"] == error["param"]

@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from server.cli import main
+from server.keys import create_key
 from server.version import VERSION
 from tests.server.http.launch import Launched, launched
 from tests.server.http.wire import Connection, post, wait_for
@@ -45,6 +46,8 @@ def test_usage_errors_are_one_line(arguments: list[str], capsys: pytest.CaptureF
         (["--host", "0.0.0.0"], "can be reached by other machines"),
         (["--host", "::"], "--insecure"),
         (["--host", "no.such.host.invalid"], "there is no such address"),
+        (["--api-keys", "/no/such/file"], "--api-keys /no/such/file: the file of API keys cannot be read"),
+        (["--host", "0.0.0.0", "--api-keys", "/dev/null"], "has no [[key]] table"),
         (["--host", "192.0.2.1", "--insecure"], "choose another with --port"),
     ],
 )
@@ -255,3 +258,31 @@ def test_log_lines_are_json_and_hold_no_prompt(tmp_path: Path) -> None:
         assert requests[3]["params"] == ["temperature"]
         assert requests[5]["outcome"] == "context_length_exceeded"
         assert requests[7]["id"] == "mine"
+
+
+def test_with_keys_other_machines_may_come(tmp_path: Path) -> None:
+    """An address that they can reach, a key that is made while the server runs, and a file that breaks."""
+    path = tmp_path / "keys.toml"
+    first = create_key(path, "first", ["infer"], {})
+    with launched(tmp_path, "--host", "0.0.0.0", "--api-keys", str(path), "--log-format", "json") as server:
+
+        def status(key: str, route: str = "/info") -> int:
+            return server.client.get(server.url + route, headers={"Authorization": f"Bearer {key}"}).status_code
+
+        assert server.get("/info").status_code == 401
+        assert server.get("/docs").status_code == 401
+        assert (status(first), status(first, "/metrics"), status(first, "/docs")) == (200, 403, 404)
+        second = create_key(path, "second", ["admin"], {})
+        wait_for(lambda: status(second) == 200)
+        path.write_text("broken")
+        wait_for(lambda: "the old ones stay" in server.stderr)
+        assert status(second, "/metrics") == 200
+        text = server.client.get(server.url + "/metrics", headers={"Authorization": f"Bearer {second}"}).text
+        assert 'stet_api_key_reloads_total{outcome="refused"} 1.0' in text
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
+    for line in server.stderr.splitlines():
+        fields = json.loads(line)
+        assert fields.get("key", "second") in ("first", "second")
+    assert first not in server.stderr
+    assert second not in server.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -353,19 +355,64 @@ def test_reservation_is_atomic(tmp_path: Path) -> None:
     run(tmp_path, test, max_running=4, settings=ServiceSettings(max_waiting=6), step_seconds=0.02)
 
 
-def test_retry_after_follows_the_drain_rate(tmp_path: Path) -> None:
+def test_one_tenant_leaves_places_for_the_next(tmp_path: Path) -> None:
+    """Whoever holds much may not take what is left, whoever comes next may; without a name all of it may be taken."""
+
     async def test(server: Server) -> None:
         service = server.service
-        assert service._retry_after(1) == 5
-        now = time.monotonic()
-        service._finished.extend([now - 19.5] + [now] * 4)
-        assert service._retry_after(1) == 4
-        assert service._retry_after(8) == 32
-        assert service._retry_after(64) == 60
-        service._finished.extend([now] * 1000)
-        assert service._retry_after(1) == 1
+        ready = service._supervisor.ready
+        assert ready is not None
+        capacity = service._capacity(ready)
+        taken: dict[str, int] = {}
+        for tenant in ("flood", "second", "third"):
+            request = GenerationRequest(prompt="a b", tenant=tenant)
+            taken[tenant] = 0
+
+            def fill(request: GenerationRequest, tenant: str) -> None:
+                while True:
+                    service._reserve(request)
+                    taken[tenant] += 1
+
+            with pytest.raises(Refusal) as caught:
+                fill(request, tenant)
+            assert caught.value.code == "queue_full"
+            assert caught.value.retry_after is not None
+            assert taken[tenant] > 0
+        assert taken["flood"] == capacity * 4 // 5
+        assert taken["flood"] > taken["second"] > taken["third"]
+        nobody = GenerationRequest(prompt="a b")
+        for _ in range(capacity - sum(taken.values())):
+            service._reserve(nobody)
+        with pytest.raises(Refusal, match="places are taken"):
+            service._reserve(nobody)
+        for tenant, places in (*taken.items(), ("", capacity - sum(taken.values()))):
+            service._release(tenant, places, 0.0)
+        assert (service.num_open, service._places_of) == (0, {})
+
+    run(tmp_path, test, settings=ServiceSettings(max_waiting=52))
+
+
+def test_what_was_spent_is_told_whatever_the_end(tmp_path: Path) -> None:
+    spent: list[tuple[str, int]] = []
+
+    async def test(server: Server) -> None:
+        server.service._spent = lambda tenant, tokens: spent.append((tenant, tokens))
+        whole = GenerationRequest(prompt_token_ids=(5, 6, 7), max_new_tokens=4, tenant="a")
+        async for _ in server.service.generate(whole):
+            pass
+        async with contextlib.aclosing(server.service.generate(dataclasses.replace(whole, tenant="b"))) as events:
+            async for event in events:
+                if isinstance(event, TextDelta):
+                    break
+        with pytest.raises(Refusal):
+            async for _ in server.service.generate(dataclasses.replace(whole, prompt_token_ids=())):
+                pass
 
     run(tmp_path, test)
+    assert spent[0] == ("a", 7)
+    assert spent[1][0] == "b"
+    assert 3 < spent[1][1] <= 7, "the prompt counts even if its reader leaves"
+    assert all(tokens == 0 for _, tokens in spent[2:])
 
 
 def test_while_loading_requests_are_refused(tmp_path: Path) -> None:

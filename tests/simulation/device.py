@@ -79,7 +79,7 @@ class Device:
         context = self._read(planned)
         if request.request_id in launch.nan_rows or NAN in inputs:
             context = NAN
-        salt = salt_number(request.cache_salt)
+        salt = salt_number(request.tenant, request.cache_salt)
         for position, token_id in enumerate(inputs, start=planned.start):
             value = NAN if context is NAN or token_id is NAN else stored_value(context, position, token_id, salt)
             self.slots[self._slot(planned, position)] = value
@@ -105,7 +105,7 @@ class Device:
 
     def _draw(self, context: int, request: Request, planned: PlannedRequest, extra: int) -> list[int]:
         """One token, and as many more as a draft would have been right about."""
-        salt, position = salt_number(request.cache_salt), planned.start + planned.num_new_tokens
+        salt, position = salt_number(request.tenant, request.cache_salt), planned.start + planned.num_new_tokens
         token_ids = [draw(context, request, planned.output_index, self.eos_token_ids)]
         for index in range(extra):
             context = extend(context, stored_value(context, position + index, token_ids[-1], salt))

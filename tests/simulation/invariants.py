@@ -272,7 +272,7 @@ class Watch:
                 depth = self._depth(link)
                 for offset, token_id in enumerate(link.token_ids):
                     position = depth * self.world.config.block_size + offset
-                    values.append(stored_value(context, position, token_id, salt_number(link.extra_keys[0])))
+                    values.append(stored_value(context, position, token_id, salt_number(*link.extra_keys)))
                     context = extend(context, values[-1])
                 self.contents[id(link)] = (link, context, values)  # keeps the key, so that its id stays its own
             content = self.contents[id(key)]

@@ -19,9 +19,9 @@ def mix(*values: int) -> int:
     return x
 
 
-def salt_number(salt: str) -> int:
-    """The salt as if it were an adapter: K and V depend on it, so that a block found under another salt is wrong."""
-    return sum(ord(letter) << (8 * index) for index, letter in enumerate(salt))
+def salt_number(tenant: str, salt: str) -> int:
+    """Both as if they were an adapter: K and V depend on them, so that a block found under others is wrong."""
+    return sum(ord(letter) << (8 * index) for index, letter in enumerate(f"{tenant}/{salt}"))
 
 
 def extend(context: int, value: int) -> int:
@@ -57,7 +57,7 @@ class Answer:
 
 def answer(request: Request, max_model_len: int, eos_token_ids: tuple[int, ...]) -> Answer:
     """All the tokens of a request from its prompt on, and how it ends."""
-    salt, context, output = salt_number(request.cache_salt), 0, []
+    salt, context, output = salt_number(request.tenant, request.cache_salt), 0, []
     for position, token_id in enumerate(request.prompt_token_ids):
         context = extend(context, stored_value(context, position, token_id, salt))
     while True:

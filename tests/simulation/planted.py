@@ -102,6 +102,17 @@ class SaltForgotten(Scheduler):
             entry.request.cache_salt = salt
 
 
+class TenantForgotten(Scheduler):
+    """The tenant is not part of the key: one finds what another has sent."""
+
+    def _key(self, entry: Entry, index: int) -> BlockKey:
+        tenant, entry.request.tenant = entry.request.tenant, ""
+        try:
+            return super()._key(entry, index)
+        finally:
+            entry.request.tenant = tenant
+
+
 class StaleHash(Scheduler):
     """A block that is handed out again can still be found under its old content."""
 
@@ -424,6 +435,7 @@ BUGS: dict[str, MakeScheduler] = {
         DigestOnly,
         OwnTokensOnly,
         SaltForgotten,
+        TenantForgotten,
         StaleHash,
         StaleKeys,
         WholePromptHit,

@@ -10,14 +10,13 @@ from typing import Any, Protocol
 from starlette.requests import Request
 
 from server.generation import Event, GenerationRequest, Problem
+from server.http.auth import sign
 from server.http.errors import HttpError
 from server.http.generate import Call, Generator, is_large, merge, read_object, refuse
 from server.http.limits import Limits
 from server.http.openai.schemas import ParsedCall, parse_chat, parse_completion
 from server.http.openai.writers import BodyBuilder, ChunkWriter, Shape
-
-CHAT = "/v1/chat/completions"
-COMPLETIONS = "/v1/completions"
+from server.http.routes import CHAT, COMPLETIONS
 
 
 class ModelService(Generator, Protocol):
@@ -61,7 +60,8 @@ async def _read(
             found = merge(found, [parsed.respell(problem)])
     check_model(service, parsed.model, merge(parsed.problems, found), parsed.unsupported)
 
-    requests, first = parsed.requests, parsed.requests[0]
+    requests = [sign(request.scope, wanted) for wanted in parsed.requests]
+    first = requests[0]
     shape = Shape(
         chat=endpoint == CHAT,
         fingerprint=service.fingerprint,

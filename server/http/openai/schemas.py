@@ -87,11 +87,12 @@ class ChatBody(_Body):
     """What /v1/chat/completions has beside the shared parameters."""
 
     messages: list[ChatMessage] | None = parameter(
-        "one or more objects with `role` and `content`",
+        "1 to 1024 objects with `role` and `content`",
         "roles: system, developer, user, assistant, tool; content: a string or a list of text parts; `name` goes to "
         "the template",
         shown="required",
         min_length=1,
+        max_length=native.MAX_MESSAGES,
         fail_fast=True,
     )
     max_completion_tokens: int | None = parameter(

@@ -389,6 +389,17 @@ def test_another_salt_finds_nothing() -> None:
     assert shape(plan_of(scheduler)) == [(2, 0, 9)]
 
 
+def test_another_tenant_finds_nothing_and_waits_for_nothing() -> None:
+    """Nor can a tenant and a salt together spell another tenant's."""
+    scheduler = make()
+    scheduler.add(request(1, list(range(9)), 1, tenant="a", cache_salt="bc"))
+    step(scheduler)
+    scheduler.add(request(2, list(range(9)), 1, tenant="ab", cache_salt="c"))
+    scheduler.add(request(3, list(range(9)), 1, tenant="", cache_salt="abc"))
+    scheduler.add(request(4, list(range(9)), 1, tenant="bc", cache_salt="a"))
+    assert sorted(shape(plan_of(scheduler))) == [(2, 0, 9), (3, 0, 9), (4, 0, 9)]
+
+
 def test_without_prefix_caching_nothing_is_kept() -> None:
     scheduler = make(prefix_caching=False)
     scheduler.add(request(1, list(range(9)), 1))

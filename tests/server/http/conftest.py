@@ -9,7 +9,9 @@ from server.http.limits import Limits
 from tests.server.http.scripted import ServerThread
 
 # The bounds in time are shortened, so that the tests of them take a second each.
-LIMITS = Limits(receipt_seconds=0.6, admission_seconds=0.4, keep_alive_seconds=0.3, stall_seconds=0.8)
+LIMITS = Limits(
+    receipt_seconds=0.6, admission_seconds=0.4, keep_alive_seconds=0.3, stall_seconds=0.8, max_intake_bytes=8 * 2**20
+)
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,7 @@ from server.generation import (
     Usage,
 )
 from server.http.app import create_app
+from server.http.auth import KeyRing
 from server.http.limits import Limits
 from server.http.serving import HttpServer
 from server.metrics import Metrics
@@ -115,9 +116,11 @@ class ScriptedService:
 class ServerThread:
     """The HTTP server on a free port, on an event loop in a thread of its own."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, keys: Path | None = None, docs: bool = False) -> None:
         self.service = ScriptedService()
         self.metrics = Metrics()
+        self.keys = None if keys is None else KeyRing(keys, self.metrics)
+        self._docs = docs
         self._limits = limits
         self._sock = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._sock.getsockname()[1]
@@ -131,7 +134,7 @@ class ServerThread:
         self._loop.close()
 
     async def _serve(self) -> None:
-        app = create_app(self.service, self.metrics, self._limits)
+        app = create_app(self.service, self.metrics, self._limits, self.keys, self._docs)
         server = HttpServer(app, self.metrics, self._sock, self._limits)
         await server.start()
         await self._stop.wait()

@@ -444,3 +444,31 @@ def test_a_slow_reader_loses_nothing(server: ServerThread) -> None:
     assert body.count(b"\nid: ") == count + 2
     assert all(f"<{number}>".encode() in body for number in range(count))
     assert body.endswith(b"data: [DONE]\n\n")
+
+
+def test_bodies_that_arrive_share_one_bound(server: ServerThread) -> None:
+    """Halves of bodies fill it; then whoever sends more is refused, and what is complete or gone makes room."""
+    count = LIMITS.max_intake_bytes // 2**19
+    piece = post(b" " * (2**19 - 1000), length=2**20)
+    connections = [Connection(server.port) for _ in range(count + 4)]
+    try:
+        for connection in connections:
+            connection.send(piece)
+        answers = [connection.answer() for connection in connections]
+        refused = [answer for answer in answers if answer.status == 429]
+        assert len(refused) >= 3
+        assert all(answer.error["code"] == "queue_full" and answer.headers["retry-after"] for answer in refused)
+        assert {answer.status for answer in answers} <= {408, 429}
+        with Connection(server.port) as other:  # what comes in one piece is never held
+            other.send(post(OK))
+            assert other.answer().status == 200
+    finally:
+        for connection in connections:
+            connection.sock.close()
+
+    def has_room() -> bool:
+        with Connection(server.port) as connection:
+            connection.send(post(b" " * 600_000 + b'{"prompt": "x"}'))
+            return connection.answer().status == 200
+
+    wait_for(has_room)

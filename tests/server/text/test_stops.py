@@ -99,3 +99,15 @@ def test_include_stop_keeps_it() -> None:
 def test_an_empty_stop_is_refused() -> None:
     with pytest.raises(ValueError, match="empty"):
         StopMatcher(["a", ""])
+
+
+def test_a_fresh_matcher_begins_anew_and_alone() -> None:
+    matcher = StopMatcher(["abc"])
+    assert matcher.push("ab") == ""
+    other = matcher.fresh()
+    assert other.push("c") == "c"
+    assert other.push("ab") == ""
+    assert matcher.push("c") == ""
+    assert (matcher.matched, other.matched) == ("abc", None)
+    assert matcher.fresh().matched is None
+    assert other.flush() == "ab"

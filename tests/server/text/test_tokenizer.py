@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +178,17 @@ def test_a_broken_folder_gives_one_clear_line(tmp_path: Path, files: dict[str, A
     with pytest.raises(ModelTextError, match=message) as caught:
         ModelText.load(write(tmp_path, **files))
     assert "\n" not in str(caught.value)
+
+
+def test_others_run_while_a_long_text_is_tokenized() -> None:
+    """The event loop is one of them: every stream and every probe waits for it."""
+    text = ModelText(kinds.byte_level().to_str())
+    ids: list[int] = []
+    thread = threading.Thread(target=lambda: ids.extend(text.encode("the fox " * 60_000)))
+    thread.start()
+    num_turns = 0
+    while thread.is_alive():
+        time.sleep(0.002)
+        num_turns += 1
+    assert len(ids) > 60_000
+    assert num_turns > 10

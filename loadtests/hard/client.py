@@ -1,0 +1,130 @@
+"""One request on a connection of its own, over asyncio streams, and what is asked of a server between requests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loadtests.processes import RunningServer
+
+
+@dataclass(slots=True)
+class Answer:
+    """status 0: the client left, or there was no connection. seconds: from the connection's start to the end of all."""
+
+    status: int = 0
+    seconds: float = 0.0
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    num_events: int = 0
+
+
+async def ask(
+    server: RunningServer,
+    body: Mapping[str, Any] | None,
+    *,
+    path: str = "/generate",
+    key: str | None = None,
+    leave_after: int | None = None,
+) -> Answer:
+    """Send one request (GET without a body) and read its answer; with leave_after, only so many events of a stream."""
+    began = time.perf_counter()
+    answer = Answer()
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    try:
+        writer.write(request_bytes(body, path, key))
+        if leave_after == 0:
+            await writer.drain()
+            return answer
+        answer.status = int((await reader.readline()).split()[1])
+        while (line := (await reader.readline()).strip()) != b"":
+            name, _, value = line.decode("latin-1").partition(":")
+            answer.headers[name.lower()] = value.strip()
+        if leave_after is None:
+            answer.body = await reader.read()
+            return answer
+        while line := await reader.readline():
+            if line.startswith(b"data:"):
+                answer.num_events += 1
+                if answer.num_events >= leave_after:
+                    break
+        return answer
+    finally:
+        answer.seconds = time.perf_counter() - began
+        writer.close()
+
+
+def request_bytes(body: Mapping[str, Any] | None, path: str = "/generate", key: str | None = None) -> bytes:
+    """A request that asks for the connection's end."""
+    data = b"" if body is None else json.dumps(body).encode()
+    lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Host: test", "Connection: close"]
+    if body is not None:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
+    if key is not None:
+        lines.append(f"Authorization: Bearer {key}")
+    return "\r\n".join([*lines, "", ""]).encode() + data
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of them does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+async def metrics(server: RunningServer) -> dict[str, float]:
+    """Every sample of /metrics by its name and labels."""
+    answer = await ask(server, None, path="/metrics")
+    text = answer.body
+    if answer.headers.get("transfer-encoding") == "chunked":
+        raise RuntimeError("/metrics is expected to have a length")
+    samples = (line.rsplit(" ", 1) for line in text.decode().splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
+async def settled(server: RunningServer, seconds: float = 10.0) -> dict[str, float]:
+    """The metrics once nothing is being done any more. Raises TimeoutError."""
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        now = await metrics(server)
+        names = ("stet_requests_running", "stet_requests_waiting", 'stet_kv_cache_blocks{state="used"}')
+        if not any(now[name] for name in names):
+            return now
+        await asyncio.sleep(0.05)
+    raise TimeoutError(f"requests or blocks are left after {seconds} s")
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that lies in RAM now."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"process {pid} has no VmRSS")
+
+
+async def probe(server: RunningServer, until: asyncio.Event, path: str = "/livez") -> list[float]:
+    """How long a probe took, every 20 ms, until told to stop. Raises RuntimeError for another status than 200."""
+    taken: list[float] = []
+    while not until.is_set():
+        answer = await ask(server, None, path=path)
+        if answer.status != 200:
+            raise RuntimeError(f"{path} answered {answer.status}")
+        taken.append(answer.seconds)
+        await asyncio.sleep(0.02)
+    return taken
+
+
+async def repeated(count: int, at_once: int, call: Callable[[int], Awaitable[Answer]]) -> list[Answer]:
+    """So many calls, so many of them at a time."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> Answer:
+        async with places:
+            return await call(number)
+
+    return await asyncio.gather(*map(one, range(count)))
