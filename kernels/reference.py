@@ -23,6 +23,7 @@ from kernels.ops import (
     KVCache,
     KVCacheSpec,
     LinearWeight,
+    LogProbabilities,
     QuantizationMode,
     QuantizedActivations,
     QuantizedWeight,
@@ -270,7 +271,11 @@ class ReferenceOps:
         random = random_31_bits(metadata.seeds, metadata.positions, metadata.choices)
         tokens = [draw(kept_weights(values[r], metadata, r), int(random[r])) for r in range(rows)]
         token_ids = torch.tensor(tokens, dtype=torch.int64)
-        return SampleResult(token_ids, finite, *log_probabilities(logits, token_ids, metadata.num_logprobs))
+        return SampleResult(token_ids, finite)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """logits [R, V], token_ids int64 [R] -> log-probabilities, before any filter."""
+        return log_probabilities(logits, token_ids, count)
 
 
 def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:

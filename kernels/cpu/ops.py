@@ -29,6 +29,7 @@ from kernels.ops import (
     KVCache,
     KVCacheSpec,
     LinearWeight,
+    LogProbabilities,
     QuantizationMode,
     QuantizedActivations,
     QuantizedWeight,
@@ -37,7 +38,7 @@ from kernels.ops import (
     SamplingMetadata,
 )
 from kernels.portable.workspace import Workspace
-from kernels.sampling import with_pending
+from kernels.sampling import log_probabilities, with_pending
 
 _PART_ROWS = 24  # of csrc/attention.h
 
@@ -286,6 +287,10 @@ class CpuOps:
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
         return sample(self.team, _floats(logits), with_pending(metadata, pending), self._workspace, self.fallbacks)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """logits [R, V], token_ids int64 [R] -> log-probabilities, before any filter."""
+        return log_probabilities(logits, token_ids, count)
 
     def quantize(self, x: Tensor) -> QuantizedActivations:
         """x float32 [T, K] -> integers as the kernels multiply them, with a scale for each row (`kernels.int8`)."""

@@ -1,7 +1,7 @@
 """The rule of `kernels.sampling` in C++ (csrc/sampling.h): the same tokens, each row by whichever thread is free.
 
-What few requests ask for stays in NumPy: biases, allowed ids and penalties are applied before; rows with typical-p are
-left to `kernels.sampling`, and counted; log-probabilities come after.
+What few requests ask for stays in NumPy: biases, allowed ids, masks and penalties are applied before; rows with
+typical-p are left to `kernels.sampling`, and counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from kernels.sampling import (
     check_sampling,
     draw,
     kept_weights,
-    log_probabilities,
 )
 
 _CANDIDATE_BYTES = 24
@@ -38,7 +37,7 @@ def sample(
     m = metadata
     random = random_31_bits(m.seeds, m.positions, m.choices)
     adjusted = np.zeros(rows, dtype=np.uint8)
-    touched = {*m.allowed, *m.prompt_tokens, *m.output_tokens, *(row for row, _, _ in m.biases)}
+    touched = {*m.allowed, *m.masks, *m.prompt_tokens, *m.output_tokens, *(row for row, _, _ in m.biases)}
     values = logits
     if touched:
         values = workspace.take("adjusted", (rows, vocab), torch.float32).copy_(logits)
@@ -62,5 +61,4 @@ def sample(
             fallbacks["sample"] += 1
             tokens[row] = draw(kept_weights(logits[row].numpy(), m, row), int(random[row]))
     token_ids = torch.from_numpy(tokens)
-    found = log_probabilities(logits, token_ids, m.num_logprobs)
-    return SampleResult(token_ids, torch.from_numpy(finite.astype(bool)), *found)
+    return SampleResult(token_ids, torch.from_numpy(finite.astype(bool)))

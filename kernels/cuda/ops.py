@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.checks import check_attention
-from kernels.cuda import activation, attention, linear, norm, sampling
+from kernels.cuda import activation, attention, linear, norm, sampling, sampling_logprobs
 from kernels.cuda import kv_cache as kv_cache_module
 from kernels.cuda.common import device_type
 from kernels.cuda.kv_cache import CudaKVCache
@@ -25,6 +25,7 @@ from kernels.ops import (
     KVCache,
     KVCacheSpec,
     LinearWeight,
+    LogProbabilities,
     QuantizationMode,
     QuantizedActivations,
     QuantizedWeight,
@@ -163,6 +164,10 @@ class CudaOps:
         plan = sampling.make_plan(metadata, logits.shape[0], logits.shape[1], self.upload)
         self.upload.send()
         return sampling.sample(logits, plan, pending, self._workspace)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """logits [R, V], token_ids int64 [R] -> log-probabilities (see `kernels.cuda.sampling_logprobs`)."""
+        return sampling_logprobs.log_probabilities(logits, token_ids, count, self._workspace)
 
     def _own_cache(self, cache: KVCache, plan: CudaPlan) -> CudaKVCache:
         """Check that the cache is ours and fits the plan."""

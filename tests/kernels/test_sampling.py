@@ -6,6 +6,7 @@ import math
 import random
 import warnings
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -338,20 +339,37 @@ def test_ties_at_a_border_are_kept() -> None:
 @pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
 def test_log_probabilities(backend: type) -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, -1.0], [1.0, float("nan"), 0.0, 0.0]])
-    biased = sampling(2, biases=[(0, 0, 100.0)], temperatures=0.0, num_logprobs=3)
-    result = backend().sample(logits, biased)
+    token_ids = torch.tensor([3, 0])
+    result = backend().log_probabilities(logits, token_ids, 3)
     expected = logits[0].double().log_softmax(-1)
-    assert result.finite.tolist() == [True, False]
-    assert result.token_ids[0] == 0  # by its bias, which the log-probabilities know nothing of
-    assert result.logprobs is not None
-    assert result.top_ids is not None
-    assert result.top_logprobs is not None
-    assert float(result.logprobs[0]) == pytest.approx(float(expected[0]))
+    assert float(result.logprobs[0]) == pytest.approx(float(expected[3]))
     assert result.top_ids[0].tolist() == [1, 2, 0]
     assert result.top_logprobs[0].tolist() == pytest.approx(expected[[1, 2, 0]].tolist())
-    assert backend().sample(logits, sampling(2)).logprobs is None
-    with pytest.raises(ValueError, match="num_logprobs is 5"):
-        backend().sample(logits, sampling(2, num_logprobs=5))
+    assert backend().log_probabilities(logits, token_ids, 0).top_ids.shape == (2, 0)
+    for count in (5, -1):
+        with pytest.raises(ValueError, match=f"count is {count}; allowed is 0 to 4"):
+            backend().log_probabilities(logits, token_ids, count)
+    with pytest.raises(ValueError, match="token_ids must be int64"):
+        backend().log_probabilities(logits, token_ids[:1], 1)
+
+
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
+def test_masks_forbid_what_their_bits_do_not_allow(backend: type) -> None:
+    """As the same ids in `allowed`; in one row of three, over a vocabulary that fills no whole word."""
+    logits = torch.randn(3, 75, generator=torch.Generator().manual_seed(0)) * 2
+    ids = [3, 31, 32, 64, 74]
+    mask = np.zeros(3, dtype=np.uint32)
+    for token in ids:
+        mask[token // 32] |= np.uint32(1 << token % 32)
+    for temperature in (0.0, 1.0):
+        for seed in range(20):
+            fields: dict[str, Any] = {"temperatures": temperature, "seeds": [seed] * 3, "top_ks": [0, 3, 0]}
+            masked = backend().sample(logits, sampling(3, **fields, masks={1: mask})).token_ids
+            allowed = backend().sample(logits, sampling(3, **fields, allowed={1: ids})).token_ids
+            assert torch.equal(masked, allowed)
+            assert int(masked[1]) in ids
+    with pytest.raises(ValueError, match=r"metadata\.masks\[1\]"):
+        backend().sample(logits, sampling(3, masks={1: mask[:2]}))
 
 
 @pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
