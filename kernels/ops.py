@@ -353,3 +353,8 @@ class Ops(Protocol):
         """Of token_ids int64 [R] and of the `count` most likely tokens, from logits [R, V] as they came: before any
         bias, penalty, temperature or filter. `count` is 0 to V (the CUDA backend: up to 1024)."""
         ...
+
+    def token_weights(self, scaled: npt.NDArray[np.float32], maximum: np.float32) -> npt.NDArray[np.int64]:
+        """The integer weights that `sample` gives to a row [V] of finite logits or -inf, after temperature, on the
+        host: trunc(exp(l - max) * 2^36), by this backend's own exp. For explanations; slow."""
+        ...

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +33,16 @@ from kernels.ops import (
     SamplingMetadata,
 )
 from kernels.philox import random_31_bits
-from kernels.sampling import check_sampling, draw, kept_weights, log_probabilities, with_pending
+from kernels.sampling import (
+    Float32Array,
+    Int64Array,
+    check_sampling,
+    draw,
+    kept_weights,
+    log_probabilities,
+    token_weights,
+    with_pending,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +286,10 @@ class ReferenceOps:
     def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
         """logits [R, V], token_ids int64 [R] -> log-probabilities, before any filter."""
         return log_probabilities(logits, token_ids, count)
+
+    def token_weights(self, scaled: Float32Array, maximum: np.float32) -> Int64Array:
+        """The weights that `sample` gives to a row of logits after temperature."""
+        return token_weights(scaled, maximum)
 
 
 def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:

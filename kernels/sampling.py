@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,6 +38,7 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
+Weigh = Callable[[Float32Array, np.float32], Int64Array]
 
 FilterName = Literal["allowed", "temperature", "weight", "top_k", "top_p", "min_p", "typical_p"]
 
@@ -290,23 +291,25 @@ def biases_by_row(metadata: SamplingMetadata) -> dict[int, list[tuple[int, float
     return rows
 
 
-def kept_weights(logits: Float32Array, metadata: SamplingMetadata, row: int) -> Int64Array:
+def kept_weights(
+    logits: Float32Array, metadata: SamplingMetadata, row: int, weigh: Weigh = token_weights
+) -> Int64Array:
     """Integer weights int64 [V] of the tokens that `row` may draw, 0 for all others.
 
     `weights / weights.sum()` is the filtered distribution. Greedy rows have a single nonzero weight. All zeros if
     every token was forbidden or the logits are not finite.
     """
-    *_, (_, weights) = filter_stages(logits, metadata, row)
+    *_, (_, weights) = filter_stages(logits, metadata, row, weigh)
     return weights
 
 
 def filter_stages(
-    logits: Float32Array, metadata: SamplingMetadata, row: int
+    logits: Float32Array, metadata: SamplingMetadata, row: int, weigh: Weigh = token_weights
 ) -> Iterator[tuple[FilterName, Int64Array]]:
     """The weights int64 [V] of `row` after each filter that is on, by its name and in order; the last are final.
 
     "allowed" comes first: what biases of -inf, allowed ids and masks leave. Then "weight": what has a weight at all.
-    Each array is the same one, changed by the next filter.
+    Each array is the same one, changed by the next filter. weigh: a backend's own `Ops.token_weights`.
     """
     weights = np.zeros(logits.shape, dtype=np.int64)
     if not np.isfinite(logits).all():
@@ -325,7 +328,7 @@ def filter_stages(
 
     scaled = scale_by_temperature(adjusted, metadata.temperatures[row])
     maximum = scaled.max()
-    weights[:] = token_weights(scaled, maximum)
+    weights[:] = weigh(scaled, maximum)
     yield "weight", weights
     top_k, top_p = metadata.top_ks[row], metadata.top_ps[row]
     if 0 < top_k < len(scaled):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from server.engine.request import FinishReason
+from server.engine.scores import Explanation
 
 ErrorCode = Literal[
     "invalid_request",
@@ -19,6 +20,8 @@ ErrorCode = Literal[
     "draining",
     "engine_restarting",
     "unsupported",
+    "unsupported_grammar",
+    "deadline",
     "internal",
 ]
 
@@ -77,6 +80,14 @@ class GenerationRequest:
     include_stop: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    explain: int | None = None
+    truncate_prompt_tokens: int | None = None
+    deadline_ms: int | None = None
+    echo: bool = False
 
     return_token_ids: bool = False
     skip_special_tokens: bool = True
@@ -100,15 +111,57 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """A token by itself: its id, its bytes and, of those that are no whole characters, U+FFFD as text."""
+
+    id: int
+    text: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's raw log-probability (natural logarithm), and the most likely tokens with theirs."""
+
+    token: Token
+    logprob: float
+    top: tuple[tuple[Token, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedToken:
+    """A draw, and its candidates with their tokens, in the order of `explanation.candidates`."""
+
+    token: Token
+    explanation: Explanation
+    candidates: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens, None for the first; after Started, where they were asked for.
+
+    index: of the first choice of that prompt; first: its first token.
+    """
+
+    index: int
+    first: Token
+    tokens: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text of one choice, never empty unless `token_ids` are (a token may add no text yet).
 
-    token_ids: the tokens delivered with this event, whether or not their text is complete.
+    token_ids: the tokens delivered with this event, whether or not their text is complete; logprobs and explained: of
+    each of them, where they were asked for. The text of the prompt (`echo`) comes without tokens.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    explained: tuple[ExplainedToken, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +202,17 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a request would be: nothing was generated. `parameters` by their names in requests, every one resolved."""
+
+    id: str
+    model: str
+    parameters: dict[str, Any]
+    prompt_token_ids: tuple[int, ...]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Completed:
     """The last event, when every choice has finished."""
 
@@ -157,4 +221,4 @@ class Completed:
     timings: Timings
 
 
-Event = Started | TextDelta | ChoiceFinished | Completed
+Event = Started | PromptLogprobs | TextDelta | ChoiceFinished | Completed

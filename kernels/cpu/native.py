@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FLOAT32, BFLOAT16, FLOAT16, INT8, INT8_DOT = range(5)
 TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.int8: INT8}
 
-EMBEDDING, NORM, LINEAR, GATED, WRITE_KV, ATTENTION, QUANTIZE, SAMPLE = range(8)
+EMBEDDING, NORM, LINEAR, GATED, WRITE_KV, ATTENTION, QUANTIZE, SAMPLE, WEIGHTS = range(9)
 
 SCRATCH_FLOATS = 1 << 18
 """What each thread has for the intermediate values of a row, or of a part of attention."""

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from server.engine.admission import token_limit
 from server.engine.plan import DeviceFault, PendingStep, RequestOutput, RowResult, StepPlan, StepResult, StepRunner
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler, StepCounters
@@ -104,6 +105,11 @@ class EngineCore:
         """Queue a request. Raises AdmissionError if it can never fit, ValueError if its id is open already."""
         self.scheduler.add(request)
         self._timelines[request.request_id] = Timeline(added=self._clock())
+
+    def cached_tokens(self, request: Request) -> int:
+        """How much of its prompt a request would find in the prefix cache now. Raises AdmissionError as `add` does."""
+        token_limit(request, self.scheduler.config)
+        return self.scheduler.cached_tokens(request)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests without a word; unknown and finished ids are ignored. Blocks that no step in flight uses are

@@ -28,6 +28,7 @@ _TOKEN_KEY = re.compile(r"0|[1-9][0-9]{0,9}")
 ROLES = ("system", "user", "assistant", "tool")
 
 _NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+_BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -115,10 +116,37 @@ class GenerateBody(BaseModel):
     )
     ignore_eos: bool | None = parameter("true or false", shown="false")
 
+    logprobs: int | None = parameter(
+        "an integer from 0 to 20",
+        "that many alternatives beside each token, all with the model's own log-probability",
+        ge=0,
+        le=20,
+    )
+    prompt_logprobs: int | None = parameter("an integer from 0 to 20", "the same of the prompt's tokens", ge=0, le=20)
+    allowed_token_ids: list[_TokenId] | None = parameter(
+        "one or more token ids in the vocabulary", "no others are drawn", min_length=1, fail_fast=True
+    )
+    bad_words: list[_BadWord] | None = parameter(
+        "up to 64 strings of 1 to 256 characters",
+        "their tokens, as at the begin of a text or after a space, are not drawn in a row",
+        max_length=64,
+        fail_fast=True,
+    )
+    explain: int | None = parameter(
+        "an integer from 1 to 20", "that many candidates of each draw, and what became of them", ge=1, le=20
+    )
+
     stream: bool | None = parameter("true or false", "server-sent events instead of one answer", shown="false")
+    echo: bool | None = parameter("true or false", "puts the prompt's text in front", shown="false")
     return_token_ids: bool | None = parameter("true or false", shown="false")
     skip_special_tokens: bool | None = parameter("true or false", "leaves them out of the text", shown="true")
     add_special_tokens: bool | None = parameter("true or false", "to a `prompt`", shown="true")
+    truncate_prompt_tokens: int | None = parameter(
+        "an integer from 1",
+        "keeps that many tokens of the prompt, the last ones; nothing is truncated unasked",
+        ge=1,
+        lt=2**31,
+    )
     priority: int | None = parameter(
         "an integer from −100 to 0", "higher first; aged by waiting, so that none starves", shown="0", ge=-100, le=0
     )
@@ -131,23 +159,20 @@ class GenerateBody(BaseModel):
     cache_salt: str | None = parameter(
         "up to 256 characters", "shares cached prefixes only with itself", max_length=256
     )
+    deadline_ms: int | None = parameter(
+        "an integer from 100 to 3600000", "milliseconds from arrival", ge=100, le=3_600_000
+    )
+    dry_run: bool | None = parameter(
+        "true or false", "says what the request would be, and generates nothing", shown="false"
+    )
 
 
 # Parameters that the wire contract names and this version does not carry out, with the one value that asks for nothing.
 UNSUPPORTED: Mapping[str, Any] = {
-    "logprobs": None,
-    "prompt_logprobs": None,
-    "allowed_token_ids": None,
-    "bad_words": None,
     "json_schema": None,
     "regex": None,
     "grammar": None,
     "choice": None,
-    "echo": False,
-    "truncate_prompt_tokens": None,
-    "deadline_ms": None,
-    "explain": None,
-    "dry_run": False,
 }
 
 WORDS = Words(
@@ -155,6 +180,8 @@ WORDS = Words(
         "prompt_token_ids": "a token id: an integer from 0",
         "stop_token_ids": "a token id: an integer from 0",
         "stop": "a non-empty string",
+        "allowed_token_ids": "a token id: an integer from 0",
+        "bad_words": "a string of 1 to 256 characters",
         "messages": "an object with `role` and `content`",
     },
     members={"messages": {"role": f"one of {', '.join(ROLES)}", "content": "a string"}},
@@ -168,16 +195,23 @@ class ParsedBody:
     request      with the invalid parameters left at their defaults, so that further checks can run on the others
     stream       whether an event stream was asked for
     problems     invalid parameters
+    dry_run      whether it is only to be told what it would be
     unsupported  valid wishes that this version does not carry out
     """
 
-    __slots__ = ("problems", "request", "stream", "unsupported")
+    __slots__ = ("dry_run", "problems", "request", "stream", "unsupported")
 
     def __init__(
-        self, request: GenerationRequest, stream: bool, problems: list[Problem], unsupported: list[Problem]
+        self,
+        request: GenerationRequest,
+        stream: bool,
+        problems: list[Problem],
+        unsupported: list[Problem],
+        dry_run: bool = False,
     ) -> None:
         self.request = request
         self.stream = stream
+        self.dry_run = dry_run
         self.problems = problems
         self.unsupported = unsupported
 
@@ -198,7 +232,7 @@ def parse_parameters(body: Mapping[str, Any]) -> ParsedBody:
     valid = checked.valid
     bias, bias_problems = _read_bias(valid.logit_bias or {})
     problems = checked.problems + bias_problems + _check_together(valid)
-    return ParsedBody(_request(valid, bias), bool(valid.stream), problems, [])
+    return ParsedBody(_request(valid, bias), bool(valid.stream), problems, [], bool(valid.dry_run))
 
 
 def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
@@ -224,6 +258,14 @@ def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
         include_stop=bool(body.include_stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        explain=body.explain,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
+        deadline_ms=body.deadline_ms,
+        echo=bool(body.echo),
         return_token_ids=bool(body.return_token_ids),
         skip_special_tokens=body.skip_special_tokens is not False,
         add_special_tokens=body.add_special_tokens is not False,
@@ -252,6 +294,8 @@ def _check_together(valid: GenerateBody) -> list[Problem]:
     if valid.temperature is not None and valid.do_sample is not None and valid.do_sample == (valid.temperature == 0):
         text = "do_sample contradicts temperature: false is temperature 0, true is a temperature above 0."
         problems.append(Problem("do_sample", text, valid.do_sample, "give one of the two"))
+    if valid.dry_run and valid.stream:
+        problems.append(Problem("dry_run", "dry_run is answered at once: stream must be false.", True, "false"))
     if valid.request_id is not None and not valid.request_id.isprintable():
         problems.append(must_be("request_id", valid.request_id, allowed_of(GenerateBody.model_fields["request_id"])))
     return problems

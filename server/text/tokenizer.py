@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from server.text.detokenizer import Detokenizer, detokenizer_factory
+from server.text.detokenizer import Detokenizer, detokenizer_factory, token_bytes_of
 from server.text.template import ChatTemplate, TemplateError, flatten
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "typical_p", "repetition_penalty")
@@ -46,7 +46,9 @@ class ModelText:
         spec = _object("tokenizer.json", tokenizer_json)
         self._tokenizer = _tokenizer(tokenizer_json)
         self._plain, self._plain_inner = _plain_tokenizers(tokenizer_json, spec)
-        self._detokenizers = detokenizer_factory(self._tokenizer, spec.get("decoder"))
+        decoder = spec.get("decoder")
+        self._detokenizers = detokenizer_factory(self._tokenizer, decoder)
+        self._token_bytes = token_bytes_of(self._tokenizer, decoder)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
         # Longest first: the alternatives of a pattern are tried in order.
@@ -123,6 +125,10 @@ class ModelText:
         """The text of all these ids at once. Ids outside the vocabulary add nothing."""
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token in the middle of a text; of one outside the vocabulary none."""
+        return self._token_bytes(token_id)
 
     def detokenizer(self, skip_special_tokens: bool = True, continues: bool = False) -> Detokenizer:
         """A fresh incremental decoder. `continues`: text precedes, so a first leading space is part of the text."""

@@ -90,31 +90,34 @@ TABLE: dict[str, tuple[list[Any], list[Any]]] = {
         [[VOCABULARY], [-1], [1] * 65, [1.0], [True], ["1"], 1, "1", {}],
     ),
     "ignore_eos": ([True, False], BOOLS),
+    "logprobs": ([0, 20], [-1, 21, *INTEGERS]),
+    "prompt_logprobs": ([0, 20], [-1, 21, *INTEGERS]),
+    "allowed_token_ids": (
+        [[0], [LAST] * 64],
+        [[], [VOCABULARY], [-1], [1.0], [True], ["1"], 1, "1", {}],
+    ),
+    "bad_words": ([[], ["x"], ["é 🦊", " ", "x" * 256] * 21], ["", [""], ["x" * 257], ["x"] * 65, [1], 1, True, {}]),
+    "explain": ([1, 20], [0, -1, 21, *INTEGERS]),
     "stream": ([True, False], BOOLS),
+    "echo": ([True, False], BOOLS),
     "return_token_ids": ([True, False], BOOLS),
     "skip_special_tokens": ([True, False], BOOLS),
     "add_special_tokens": ([True, False], BOOLS),
+    "truncate_prompt_tokens": ([1, 2**31 - 1], [0, -1, 2**31, *INTEGERS]),
     "priority": ([-100, 0], [-101, 1, 100, 101, *INTEGERS]),
     "request_id": (
         ["x", "é-🦊", "x" * 128],
         ["", "x" * 129, "a\nb", "a\u0000", "\u202e", "\u2028", "\x7f", 1, True, []],
     ),
     "cache_salt": (["", "x" * 256, "a\nb"], ["x" * 257, 1, True, []]),
+    "deadline_ms": ([3_600_000, 20_000], [99, 0, -1, 3_600_001, *INTEGERS]),
+    "dry_run": ([True, False], BOOLS),
 }
 OTHERS: dict[str, list[Any]] = {
-    "logprobs": [0, 5, False],
-    "prompt_logprobs": [0],
-    "allowed_token_ids": [[1], []],
-    "bad_words": [["x"], []],
     "json_schema": [{}, {"type": "object"}],
     "regex": ["x", ""],
     "grammar": ["x"],
     "choice": [["a", "b"], []],
-    "echo": [True, 0],
-    "truncate_prompt_tokens": [5, 0],
-    "deadline_ms": [1000, 0],
-    "explain": [3, False],
-    "dry_run": [True, 0],
 }
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 

@@ -99,6 +99,39 @@ def test_completions(client: openai.OpenAI) -> None:
     assert cut.choices[0].text == plain.choices[0].text.split(piece)[0]
 
 
+def test_logprobs_in_both_styles(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "max_tokens": 8, "seed": 2}
+    chat = client.chat.completions.create(messages=TALE, logprobs=True, top_logprobs=2, **asked)  # type: ignore[call-overload]
+    (choice,) = chat.choices
+    content = choice.logprobs.content
+    assert b"".join(bytes(item.bytes) for item in content).decode() == choice.message.content
+    assert all(len(item.top_logprobs) == 2 and item.logprob <= 0 for item in content)
+    streamed = []
+    for chunk in client.chat.completions.create(messages=TALE, logprobs=True, top_logprobs=2, stream=True, **asked):  # type: ignore[call-overload]
+        streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert streamed == content
+
+    text = client.completions.create(prompt="Once upon a time", logprobs=3, echo=True, **asked)  # type: ignore[call-overload]
+    (whole,) = text.choices
+    assert whole.text.startswith("Once upon a time")
+    logprobs = whole.logprobs
+    assert logprobs.token_logprobs[0] is None
+    assert all(logprob <= 0 for logprob in logprobs.token_logprobs[1:])
+    assert len(logprobs.tokens) == text.usage.total_tokens
+    for token, offset, top in zip(
+        logprobs.tokens[-8:], logprobs.text_offset[-8:], logprobs.top_logprobs[-8:], strict=True
+    ):
+        assert token in top
+        assert len(top) in (3, 4)
+        assert offset >= len("Once upon a time")
+    pieces = client.completions.create(prompt="Once upon a time", logprobs=3, echo=True, stream=True, **asked)  # type: ignore[call-overload]
+    found = [piece.choices[0] for piece in pieces]
+    assert "".join(piece.text for piece in found) == whole.text
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        joined = [value for piece in found if piece.logprobs for value in getattr(piece.logprobs, name)]
+        assert joined == getattr(logprobs, name)
+
+
 def test_errors_have_their_classes(client: openai.OpenAI, server: RunningServer) -> None:
     create = client.chat.completions.create
     with pytest.raises(openai.BadRequestError) as bad:
@@ -115,8 +148,8 @@ def test_errors_have_their_classes(client: openai.OpenAI, server: RunningServer)
         create(model="gpt-4", messages=TALE)  # type: ignore[call-overload]
     began = time.monotonic()
     with pytest.raises(openai.InternalServerError) as unsupported:
-        client.with_options(max_retries=3).completions.create(model=MODEL, prompt="x", logprobs=3)
-    assert (unsupported.value.status_code, unsupported.value.param) == (501, "logprobs")
+        client.with_options(max_retries=3).completions.create(model=MODEL, prompt="x", best_of=3)
+    assert (unsupported.value.status_code, unsupported.value.param) == (501, "best_of")
     assert time.monotonic() - began < 0.4, "it was tried again"
     closed = openai.OpenAI(base_url=f"http://127.0.0.1:{free()}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.APIConnectionError):

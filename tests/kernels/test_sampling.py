@@ -17,7 +17,14 @@ from kernels.ops import Ops, SamplingMetadata
 from kernels.philox import philox_4x32_10, random_31_bits
 from kernels.portable import PortableOps
 from kernels.reference import ReferenceOps
-from kernels.sampling import draw, kept_weights, multiply_shift_ceil, multiply_shift_floor
+from kernels.sampling import (
+    draw,
+    filter_stages,
+    kept_weights,
+    multiply_shift_ceil,
+    multiply_shift_floor,
+    token_weights,
+)
 from tests.kernels.cases import random_sampling, sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -379,3 +386,34 @@ def test_a_pending_token_counts_for_penalties(backend: type) -> None:
     fields = {"temperatures": 0.0, "presence_penalties": [1.0, 1.0], "output_tokens": {0: [], 1: []}}
     result = backend().sample(logits, sampling(2, **fields), pending=torch.tensor([1, -1]))
     assert result.token_ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
+def test_the_weights_of_a_backend_are_those_that_it_draws_with(backend: type) -> None:
+    """Draws at the borders of the intervals that its weights make: a unit more or less would show."""
+    ops = backend()
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(2)) * 3
+    weights = ops.token_weights(logits[0].numpy(), np.float32(logits.max()))
+    expected = token_weights(logits[0].numpy(), np.float32(logits.max()))
+    assert int(weights.max()) == 1 << 36
+    assert np.abs(weights - expected).max() <= 1
+    for typical_p in (1.0, 0.9):
+        rows, metadata = 400, sampling(400, typical_ps=typical_p)
+        kept = kept_weights(logits[0].numpy(), metadata, 0, ops.token_weights)
+        random = random_31_bits(metadata.seeds, metadata.positions, metadata.choices)
+        drawn = ops.sample(logits.expand(rows, -1), metadata).token_ids.tolist()
+        assert drawn == [draw(kept, int(bits)) for bits in random]
+
+
+def test_stages_name_the_filter_that_removes_a_token() -> None:
+    logits = np.array([5.0, 4.0, 3.0, 2.0, -30.0], dtype=np.float32)
+    metadata = sampling(1, biases=[(0, 3, -math.inf)], top_ks=2, top_ps=0.5)
+    seen = {name: weights.astype(bool).tolist() for name, weights in filter_stages(logits, metadata, 0)}
+    assert seen == {
+        "allowed": [True, True, True, False, True],
+        "weight": [True, True, True, False, False],
+        "top_k": [True, True, False, False, False],
+        "top_p": [True, False, False, False, False],
+    }
+    greedy = [name for name, _ in filter_stages(logits, sampling(1, temperatures=0.0), 0)]
+    assert greedy == ["allowed", "temperature"]

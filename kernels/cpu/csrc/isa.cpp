@@ -24,6 +24,6 @@ namespace {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    STET_NAME, GROUP_OF, {embedding, norm, linear, gated, write_kv, attention, quantize, sample}};
+    STET_NAME, GROUP_OF, {embedding, norm, linear, gated, write_kv, attention, quantize, sample, weights}};
 
 }  // namespace STET_ISA

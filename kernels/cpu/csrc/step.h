@@ -55,7 +55,8 @@ enum Op : int32_t {
     ATTENTION = 5,
     QUANTIZE = 6,
     SAMPLE = 7,
-    NUM_OPS = 8,
+    WEIGHTS = 8,
+    NUM_OPS = 9,
 };
 
 // One layer's K and V for `num_blocks` blocks.

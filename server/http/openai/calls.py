@@ -11,10 +11,11 @@ from starlette.requests import Request
 
 from server.generation import Event, GenerationRequest, Problem
 from server.http.errors import HttpError
-from server.http.generate import Call, Generator, is_large, merge, read_object, refuse
+from server.http.generate import Call, Generator, dry_run_of, is_large, merge, read_object, refuse
 from server.http.limits import Limits
 from server.http.openai.schemas import ParsedCall, parse_chat, parse_completion
 from server.http.openai.writers import BodyBuilder, ChunkWriter, Shape
+from server.http.sse import Show
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -66,8 +67,10 @@ async def _read(
         chat=endpoint == CHAT,
         fingerprint=service.fingerprint,
         num_choices=first.n * len(requests),
+        choices_per_prompt=first.n,
         include_usage=parsed.include_usage,
-        with_token_ids=first.return_token_ids,
+        show=Show.of(first),
+        echo=first.echo,
         own_id=first.request_id is not None,
     )
 
@@ -84,6 +87,7 @@ async def _read(
         lambda: ChunkWriter(shape),
         lambda: BodyBuilder(shape),
         parsed.respell,
+        dry_run_of(service, first, endpoint) if parsed.dry_run else None,
     )
 
 

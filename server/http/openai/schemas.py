@@ -27,8 +27,10 @@ SHARED = (
     *("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stream"),
     *("min_new_tokens", "top_k", "min_p", "typical_p", "repetition_penalty", "include_stop", "stop_token_ids"),
     *("ignore_eos", "return_token_ids", "skip_special_tokens", "priority", "request_id", "cache_salt"),
+    *("prompt_logprobs", "allowed_token_ids", "bad_words", "explain", "truncate_prompt_tokens", "deadline_ms"),
+    "dry_run",
 )
-COMPLETION_SHARED = (*SHARED, "add_special_tokens")
+COMPLETION_SHARED = (*SHARED, "logprobs", "echo", "add_special_tokens")
 
 _NATIVE_NAMES = {"max_new_tokens": "max_tokens", "prompt_token_ids": "prompt", "min_tokens": "min_new_tokens"}
 _TEXT = "a string, or a list of text parts"
@@ -97,6 +99,10 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = parameter(
         _TOKEN_LIMIT, "the newer name of `max_tokens`", shown="min(256, room)", ge=1, lt=2**31
     )
+    logprobs: bool | None = parameter("true or false", "the log-probability of each token", shown="false")
+    top_logprobs: int | None = parameter(
+        "an integer from 0 to 20", "with `logprobs` only: that many alternatives beside each token", ge=0, le=20
+    )
 
 
 class CompletionBody(_Body):
@@ -110,12 +116,8 @@ class CompletionBody(_Body):
 
 
 # What each route knows by name and does not carry out, with the one value that asks for nothing.
-_LATER: dict[str, Any] = {
-    name: idle for name, idle in native.UNSUPPORTED.items() if name not in ("logprobs", "echo")
-} | {"response_format": {"type": "text"}}
+_LATER: dict[str, Any] = {**native.UNSUPPORTED, "response_format": {"type": "text"}}
 CHAT_UNSUPPORTED: Mapping[str, Any] = {
-    "logprobs": False,
-    "top_logprobs": None,
     "tools": [],
     "tool_choice": "none",
     "parallel_tool_calls": None,
@@ -134,7 +136,7 @@ CHAT_UNSUPPORTED: Mapping[str, Any] = {
     "safety_identifier": None,
     **_LATER,
 }
-COMPLETION_UNSUPPORTED: Mapping[str, Any] = {"logprobs": None, "echo": False, "best_of": 1, "suffix": None, **_LATER}
+COMPLETION_UNSUPPORTED: Mapping[str, Any] = {"best_of": 1, "suffix": None, **_LATER}
 
 # Members of messages: clients send an earlier answer back as they got it, nulls included.
 _MESSAGE_UNSUPPORTED: Mapping[str, Any] = {
@@ -168,6 +170,7 @@ class ParsedCall:
 
     requests: list[GenerationRequest]
     stream: bool
+    dry_run: bool
     include_usage: bool
     model: str | None
     problems: list[Problem]
@@ -192,10 +195,17 @@ def parse_chat(body: Mapping[str, Any]) -> ParsedCall:
         own.append(Problem("max_tokens", text, valid.max_tokens, "give one of the two"))
     respell = _respeller({"max_new_tokens": name})
     parsed = native.parse_parameters(_shared(body, SHARED, limit))
-    request = dataclasses.replace(parsed.request, messages=messages_of(valid.messages or []))
+    if valid.top_logprobs is not None and not valid.logprobs:
+        own.append(Problem("top_logprobs", "top_logprobs needs logprobs to be true.", valid.top_logprobs, "null"))
+    request = dataclasses.replace(
+        parsed.request,
+        messages=messages_of(valid.messages or []),
+        logprobs=(valid.top_logprobs or 0) if valid.logprobs else None,
+    )
     return ParsedCall(
         [request],
         parsed.stream,
+        parsed.dry_run,
         valid.stream_options is not None and valid.stream_options.include_usage is True,
         valid.model,
         own + [respell(problem) for problem in parsed.problems],
@@ -219,9 +229,16 @@ def parse_completion(body: Mapping[str, Any]) -> ParsedCall:
         # Every prompt carries it to the engine: one body would be a second of work otherwise.
         allowed = f"an object of up to {MAX_SHARED_BIAS} token ids when there are several prompts"
         own.append(must_be("logit_bias", body["logit_bias"], allowed))
+    if parsed.dry_run and len(prompts) > 1:
+        own.append(Problem("dry_run", "dry_run is of one prompt.", True, "false, or one prompt"))
+    asked = parsed.request
+    if asked.echo and asked.logprobs is not None and asked.prompt_logprobs is None:
+        # The text then begins with the prompt, and so do the log-probabilities.
+        asked = dataclasses.replace(asked, prompt_logprobs=asked.logprobs)
     return ParsedCall(
-        [dataclasses.replace(parsed.request, **prompt) for prompt in prompts],
+        [dataclasses.replace(asked, **prompt) for prompt in prompts],
         parsed.stream,
+        parsed.dry_run,
         valid.stream_options is not None and valid.stream_options.include_usage is True,
         valid.model,
         own + [respell(problem) for problem in parsed.problems],

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda import sampling, sampling_logprobs, sampling_plan
+from kernels.cuda import sampling, sampling_logprobs, sampling_plan, sampling_weights
 from kernels.cuda.common import device_type
-from kernels.cuda.sampling_weights import exponential_table, key_of, value_of, weight_of
+from kernels.cuda.sampling_weights import key_of, value_of
 from kernels.cuda.upload import Upload
 from kernels.cuda.workspace import Workspace
 from kernels.ops import SampleResult, SamplingMetadata
@@ -42,12 +42,6 @@ def sample(
 
 
 @triton.jit
-def _weights(x_ptr, out_ptr, table_ptr, maximum, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + index, weight_of(tl.load(x_ptr + index), maximum, table_ptr))
-
-
-@triton.jit
 def _keys(x_ptr, keys_ptr, back_ptr, BLOCK: tl.constexpr):
     index = tl.arange(0, BLOCK)
     key = key_of(tl.load(x_ptr + index))
@@ -56,9 +50,7 @@ def _keys(x_ptr, keys_ptr, back_ptr, BLOCK: tl.constexpr):
 
 
 def device_weights(scaled: Tensor, maximum: float) -> Tensor:
-    out = torch.full((len(scaled),), -1, dtype=torch.int64, device=DEVICE)
-    _weights[(len(scaled) // 4096,)](scaled.to(DEVICE), out, exponential_table(DEVICE), maximum, BLOCK=4096)
-    return out.cpu()
+    return sampling_weights.token_weights(scaled.to(DEVICE), maximum).cpu()
 
 
 def test_weights_are_those_of_float64() -> None:

@@ -296,9 +296,9 @@ def test_another_model_is_not_found(client: httpx.Client, server: ServerThread) 
         error = client.post(path, json=body | {"model": "gpt-4"})
         assert (error.status_code, error.json()["error"]["code"]) == (404, "model_not_found")
         assert error.json()["error"]["param"] == "model"
-        both = client.post(path, json=body | {"model": "gpt-4", "temperature": 3, "logprobs": 3})
+        both = client.post(path, json=body | {"model": "gpt-4", "temperature": 3, "regex": "x"})
         assert both.status_code == 400
-        assert {item["param"] for item in both.json()["error"]["details"]} == {"model", "temperature", "logprobs"}
+        assert {item["param"] for item in both.json()["error"]["details"]} == {"model", "temperature", "regex"}
     assert server.service.seen == []
 
 
