@@ -12,6 +12,7 @@ from typing import Any, Literal
 from server.engine.request import FinishReason
 from server.engine.scores import Explanation
 
+GrammarKind = Literal["json_schema", "regex", "grammar", "choice"]
 ErrorCode = Literal[
     "invalid_request",
     "context_length_exceeded",
@@ -56,7 +57,9 @@ class GenerationRequest:
     """A request whose form is valid. None stands for "the model's default"; the service resolves it.
 
     Exactly one of prompt, prompt_token_ids, messages is given. The names, ranges and defaults are those of
-    docs/api.md; `n` choices are drawn for one prompt; `tenant` is who asks (an API key's name, or "").
+    docs/api.md; `n` choices are drawn for one prompt; `grammar` is its kind and what was sent; `tools` are as
+    OpenAI's chat has them; `tool_choice` is "auto", "required", or "function:" and a name; `chat` tells reasoning and
+    calls from text. `tenant` is who asks (an API key's name, or "").
     """
 
     prompt: str | None = None
@@ -88,6 +91,11 @@ class GenerationRequest:
     truncate_prompt_tokens: int | None = None
     deadline_ms: int | None = None
     echo: bool = False
+    grammar: tuple[GrammarKind, Any] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    chat: bool = False
 
     return_token_ids: bool = False
     skip_special_tokens: bool = True
@@ -150,11 +158,22 @@ class PromptLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """News of a tool call: the first has its id and name, the others pieces of its arguments, which are JSON."""
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text of one choice, never empty unless `token_ids` are (a token may add no text yet).
 
     token_ids: the tokens delivered with this event, whether or not their text is complete; logprobs and explained: of
-    each of them, where they were asked for. The text of the prompt (`echo`) comes without tokens.
+    each of them, where they were asked for. The text of the prompt (`echo`) comes without tokens. reasoning and calls:
+    where the request is a chat, what was thought and called instead of said.
     """
 
     index: int
@@ -162,6 +181,8 @@ class TextDelta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     explained: tuple[ExplainedToken, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +191,14 @@ class ChoiceFinished:
 
     stop_reason: the stop string, or the id of the stop or end-of-sequence token, when finish_reason is STOP; else None.
     error: what to tell the client when finish_reason is ERROR; it never holds a path, a traceback or an address.
+    called: whether it has called a tool.
     """
 
     index: int
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     error: str | None = None
+    called: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import secrets
 from collections.abc import Iterable
 from concurrent.futures import Executor
@@ -15,12 +16,17 @@ from typing import Any
 
 from server.engine.messages import Ready
 from server.engine.request import SamplingParams
-from server.generation import GenerationRequest, Problem, Refusal
+from server.generation import ErrorCode, GenerationRequest, GrammarKind, Problem, Refusal
+from server.speech import Speech
+from server.text.grammar import GrammarProblem, compile_grammar
 from server.text.template import TemplateError, message_problems
 from server.text.tokenizer import ModelText
+from server.text.tools import ToolFormat, call_grammar
 
 # What a parameter is when neither the request nor the model's generation_config.json says.
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
+
+MAX_COMPILED = 256
 
 
 def context_of(ready: Ready) -> int:
@@ -30,17 +36,20 @@ def context_of(ready: Ready) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
-    """Borrows everything: the engine's limits, the model's text side, threads for long texts.
+    """Borrows everything: the engine's limits, the model's text side, threads for long texts, and for grammars.
 
     default_max_new_tokens  when a request does not say, and there is room
     inline_characters       a text up to this long is tokenized on the event loop: a thread would take longer
+    compiled                grammars that were found sound lately, by what was sent
     """
 
     ready: Ready
     text: ModelText
     executor: Executor
+    compiler: Executor
     default_max_new_tokens: int
     inline_characters: int
+    compiled: dict[str, str]
 
     def problems(self, request: GenerationRequest) -> list[Problem]:
         """What is wrong with a request that the model's limits show without tokenizing."""
@@ -78,6 +87,11 @@ class Preparation:
         if request.allowed_token_ids and request.min_new_tokens and not set(request.allowed_token_ids) - ending:
             message = "allowed_token_ids must hold a token that does not end the text, as min_new_tokens asks for some."
             found.append(Problem("allowed_token_ids", message, None, "another token id"))
+        if request.tools and request.tool_choice == "auto" and text.tool_format is None:
+            message = "This model's chat template knows no tools: tool_choice may be required, or a function."
+            found.append(Problem("tools", message, None, "[]"))
+        if request.grammar is not None:
+            found += _against_a_grammar(request)
         if request.messages is not None:
             if text.template is None:
                 message = "This model has no chat template: send the whole text as `prompt`."
@@ -98,7 +112,7 @@ class Preparation:
 
         def encode() -> list[int]:
             if request.messages is not None:
-                return self.text.encode_messages(request.messages)
+                return self.text.encode_messages(request.messages, request.tools)
             return self.text.encode(request.prompt or "", request.add_special_tokens)
 
         size = len(request.prompt or "") + sum(_content_size(message) for message in request.messages or ())
@@ -115,7 +129,53 @@ class Preparation:
             return request.prompt
         return self.text.decode(prompt, request.skip_special_tokens)
 
-    def params(self, request: GenerationRequest, prompt: list[int]) -> SamplingParams:
+    async def grammar(self, request: GenerationRequest) -> str:
+        """The request's grammar, compiled in a thread; "" without one. Raises Refusal: `unsupported_grammar` for one
+        that may be right and is not carried out."""
+        wanted = request.grammar or self._calls_as_declared(request)
+        if wanted is None:
+            return ""
+        kind, value = wanted
+        key = json.dumps([kind, value])
+        found = self.compiled.get(key)
+        if found is None:
+            try:
+                loop = asyncio.get_running_loop()
+                found = await loop.run_in_executor(self.compiler, compile_grammar, kind, value)
+            except GrammarProblem as problem:
+                code: ErrorCode = "unsupported_grammar" if problem.unsupported else "invalid_request"
+                param = kind if request.grammar is not None else "tools"
+                raise Refusal(code, [Problem(param, f"{problem}", None, "another grammar")]) from problem
+            self.compiled[key] = found
+            if len(self.compiled) > MAX_COMPILED:
+                del self.compiled[next(iter(self.compiled))]
+        return found
+
+    def _calls_as_declared(self, request: GenerationRequest) -> tuple[GrammarKind, str] | None:
+        """The grammar of answers that must call a tool, or must call as a strict tool declares."""
+        demanded = request.tool_choice != "auto"
+        if not request.tools or not (demanded or any(tool["function"].get("strict") for tool in request.tools)):
+            return None
+        named = request.tool_choice.partition("function:")[2]
+        tools = [tool for tool in request.tools if not named or tool["function"]["name"] == named]
+        parallel = request.parallel_tool_calls and not named
+        return "grammar", call_grammar(self.tool_format, tools, parallel, free_text=not demanded)
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How calls are written: as the model knows it, or where its template knows no tools, as most do."""
+        return self.text.tool_format or "hermes"
+
+    def speech(self, request: GenerationRequest, prompt: list[int]) -> Speech | None:
+        """What tells reasoning and calls from text; None where the text is only text."""
+        thinks = self.text.thinks and request.grammar is None and not (request.tools and request.tool_choice != "auto")
+        if not request.chat or not (thinks or request.tools):
+            return None
+        end = self.text.decode(prompt[-8:], skip_special_tokens=False).rstrip()
+        form = self.tool_format if request.tools else None
+        return Speech(request.n, form, thinks, inside=end.endswith("<think>"))
+
+    def params(self, request: GenerationRequest, prompt: list[int], grammar: str = "") -> SamplingParams:
         """Every parameter with its value. Raises Refusal for what only the tokens show."""
         max_new_tokens = self._max_new_tokens(request, prompt)
         if request.min_new_tokens > max_new_tokens:
@@ -147,6 +207,7 @@ class Preparation:
             ignore_eos=request.ignore_eos,
             allowed_token_ids=tuple(sorted(set(request.allowed_token_ids))),
             bad_words=self._bad_words(request.bad_words),
+            grammar=grammar,
             num_logprobs=request.logprobs,
             num_prompt_logprobs=request.prompt_logprobs,
             explain=request.explain,
@@ -185,6 +246,22 @@ class Preparation:
                 if ids:
                     found[ids] = None
         return tuple(found)
+
+
+def _against_a_grammar(request: GenerationRequest) -> list[Problem]:
+    """What would end an output before its grammar does, or leave it nothing: whatever stops is a match."""
+    kind = request.grammar[0] if request.grammar is not None else ""
+    given = {
+        "stop": request.stop,
+        "stop_token_ids": request.stop_token_ids,
+        "ignore_eos": request.ignore_eos,
+        "allowed_token_ids": request.allowed_token_ids,
+    }
+    return [
+        Problem(name, f"{name} cannot be combined with {kind}, which says when the text ends.", None, "leave it out")
+        for name, value in given.items()
+        if value
+    ]
 
 
 def effective_parameters(params: SamplingParams) -> dict[str, Any]:

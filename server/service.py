@@ -97,6 +97,9 @@ class Service:
         self._text: ModelText | None = None
         self._model = ""
         self._fingerprint = ""
+        # Apart from the tokenizers', so that grammars hold up nobody else.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._grammars: dict[str, str] = {}
         self._failure: EngineFailed | None = None
         self._draining = False
         self._places_taken = 0
@@ -184,6 +187,7 @@ class Service:
             self._preparation.cancel()
             await asyncio.gather(self._preparation, return_exceptions=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     # What is known beforehand
 
@@ -256,7 +260,15 @@ class Service:
 
     def _preparation_of(self, ready: Ready, text: ModelText) -> Preparation:
         settings = self._settings
-        return Preparation(ready, text, self._executor, settings.default_max_new_tokens, settings.inline_characters)
+        return Preparation(
+            ready,
+            text,
+            self._executor,
+            self._compiler,
+            settings.default_max_new_tokens,
+            settings.inline_characters,
+            self._grammars,
+        )
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         """The ids of a request's prompt. Raises Refusal."""
@@ -302,11 +314,12 @@ class Service:
             self._jobs.add(job)
             preparation = self._preparation_of(ready, text)
             prompt_ids = await preparation.prompt(request)
-            params = preparation.params(request, prompt_ids)
+            params = preparation.params(request, prompt_ids, await preparation.grammar(request))
             if job.cancelled:
                 raise self._not_ready()
             deadline = self._deadline(request, ready, began)
             job.prepare(text, params, prompt_ids, self._clock())
+            speech = preparation.speech(request, prompt_ids)
             mailbox = job.mailbox = self._client.open(
                 prompt_ids,
                 params,
@@ -332,7 +345,7 @@ class Service:
                         echoed = preparation.prompt_text(request, prompt_ids)
                         for index in range(request.n):
                             yield TextDelta(index, echoed, ())
-                for event in events:
+                for event in events if speech is None else speech.split(events):
                     yield event
             yield Completed(params.seed, job.usage(), job.timings(self._clock()))
         except Refusal as refusal:
@@ -379,7 +392,7 @@ class Service:
             raise Refusal("invalid_request", problems)
         preparation = self._preparation_of(ready, text)
         prompt_ids = await preparation.prompt(request)
-        params = preparation.params(request, prompt_ids)
+        params = preparation.params(request, prompt_ids, await preparation.grammar(request))
         mailbox = self._client.open(
             prompt_ids, params, tenant=request.tenant, cache_salt=request.cache_salt, dry_run=True
         )
@@ -472,7 +485,7 @@ class Service:
         for position, request in enumerate(requests):
             try:
                 prompt = await preparation.prompt(request)
-                preparation.params(request, prompt)
+                preparation.params(request, prompt, await preparation.grammar(request))
             except Refusal as refusal:
                 names = {name: f"{name}[{position}]" for name in ("prompt", "prompt_token_ids")}
                 problems = [

@@ -60,7 +60,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # The only part that touches the device: a process of its own.
     "server.planner.probe": ("server.planner", "server.engine", "models", "kernels"),
-    "server.text": ("server.text",),
+    "server.text": ("server.text", "server.generation"),
     "server.watchdog": ("server.engine.messages",),
     "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics", "server.watchdog"),
     "server.client": (
@@ -77,7 +77,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.generation",
         *ENGINE_WORDS,
     ),
-    "server.preparation": ("server.text", "server.generation", *ENGINE_WORDS),
+    "server.speech": ("server.text", "server.generation"),
+    "server.preparation": ("server.speech", "server.text", "server.generation", *ENGINE_WORDS),
     "server.service": (
         "server.preparation",
         "server.job",

@@ -90,6 +90,10 @@ def build_sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[in
             allowed[row] = request.params.allowed_token_ids
             if not set(allowed[row]).difference(forbidden):
                 forbidden = []
+        if request.matcher is not None:
+            masks[row] = request.matcher.mask(request.output_token_ids[: planned.output_index])
+            if forbidden and not _leaves_any(masks[row], forbidden):
+                forbidden = []
         biases += [(row, token_id, -math.inf) for token_id in forbidden]
         if request.params.has_penalties:
             prompt_tokens[row] = request.prompt_token_ids
@@ -112,6 +116,13 @@ def build_sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[in
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
+
+
+def _leaves_any(mask: npt.NDArray[np.uint32], forbidden: Sequence[int]) -> bool:
+    left = mask.copy()
+    for token_id in forbidden:
+        left[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    return bool(left.any())
 
 
 class SamplingBuilder:

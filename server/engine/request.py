@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, Protocol
 
 
 class FinishReason(StrEnum):
@@ -86,6 +87,14 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
+class TokenMatcher(Protocol):
+    """Knows what a grammar lets follow an output (`server.engine.grammar.Matcher`)."""
+
+    def mask(self, output_token_ids: Sequence[int]) -> Any:
+        """uint32 words with a bit for each token that may come next. Raises where there is none."""
+        ...
+
+
 class RequestStatus(StrEnum):
     """WAITING holds no blocks; RUNNING may hold blocks and takes part in steps; FINISHED holds none."""
 
@@ -110,7 +119,7 @@ class Request:
                          flight included
     num_inflight_samples tokens that steps in flight will draw: known to exist, not yet known
     num_cached_tokens    prompt tokens taken from the prefix cache when it was first scheduled
-    matcher              how far a grammar has come, for whoever fills the batch; it can always be made anew
+    matcher              of its grammar, made when it is added
     computed_high_water  highest num_computed_tokens ever reached: positions below it that are computed again count as
                          recomputed
     """
@@ -132,7 +141,7 @@ class Request:
     num_cached_tokens: int | None = None
     computed_high_water: int = 0
     num_preemptions: int = 0
-    matcher: object = None
+    matcher: TokenMatcher | None = None
 
     @property
     def wants_prompt_scores(self) -> bool:

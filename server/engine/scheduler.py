@@ -329,7 +329,8 @@ class Scheduler:
         for num_taken, token_id in enumerate(token_ids, start=1):
             request.output_token_ids.append(token_id)
             ends = token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos)
-            if ends and len(request.output_token_ids) > params.min_new_tokens:
+            # Before the minimum an end can only be drawn where a grammar allows nothing else.
+            if ends and (params.grammar or len(request.output_token_ids) > params.min_new_tokens):
                 self._finish(entry)
                 return RequestOutput(request, token_ids[:num_taken], FinishReason.STOP, stop_token_id=token_id)
             if request.num_known_tokens >= entry.limit:

@@ -17,8 +17,8 @@ from pydantic import (
     StringConstraints,
 )
 
-from server.generation import GenerationRequest, Problem
-from server.http.fields import Words, allowed_of, check, must_be, not_yet, parameter, short, unknown_names
+from server.generation import GenerationRequest, GrammarKind, Problem
+from server.http.fields import Words, allowed_of, check, must_be, parameter, short, unknown_names
 
 MAX_SEED = 2**63 - 1
 # The engine divides logits by a penalty in float32: what is less than this normal number would be 0 there.
@@ -136,6 +136,19 @@ class GenerateBody(BaseModel):
         "an integer from 1 to 20", "that many candidates of each draw, and what became of them", ge=1, le=20
     )
 
+    json_schema: dict[str, Any] | None = parameter(
+        "an object: a JSON schema", "the text is JSON that it accepts; at most one of these four"
+    )
+    regex: str | None = parameter(
+        "1 to 65536 characters", "a regular expression that the whole text matches", min_length=1, max_length=65536
+    )
+    grammar: str | None = parameter(
+        "1 to 65536 characters", "a Lark grammar that the whole text matches", min_length=1, max_length=65536
+    )
+    choice: list[_NonEmpty] | None = parameter(
+        "1 to 1024 non-empty strings", "the text is one of them", min_length=1, max_length=1024, fail_fast=True
+    )
+
     stream: bool | None = parameter("true or false", "server-sent events instead of one answer", shown="false")
     echo: bool | None = parameter("true or false", "puts the prompt's text in front", shown="false")
     return_token_ids: bool | None = parameter("true or false", shown="false")
@@ -167,25 +180,19 @@ class GenerateBody(BaseModel):
     )
 
 
-# Parameters that the wire contract names and this version does not carry out, with the one value that asks for nothing.
-UNSUPPORTED: Mapping[str, Any] = {
-    "json_schema": None,
-    "regex": None,
-    "grammar": None,
-    "choice": None,
-}
-
 WORDS = Words(
     items={
         "prompt_token_ids": "a token id: an integer from 0",
         "stop_token_ids": "a token id: an integer from 0",
         "stop": "a non-empty string",
         "allowed_token_ids": "a token id: an integer from 0",
+        "choice": "a non-empty string",
         "bad_words": "a string of 1 to 256 characters",
         "messages": "an object with `role` and `content`",
     },
     members={"messages": {"role": f"one of {', '.join(ROLES)}", "content": "a string"}},
 )
+GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar", "choice")
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
@@ -218,11 +225,10 @@ class ParsedBody:
 
 def parse_generate(body: Mapping[str, Any]) -> ParsedBody:
     """Check a JSON object against the parameters. Never raises for what a client may send."""
-    unknown = unknown_names(body, [*GenerateBody.model_fields, *UNSUPPORTED])
+    unknown = unknown_names(body, list(GenerateBody.model_fields))
     parsed = parse_parameters(body)
     parsed.problems[:0] = unknown
     parsed.problems += _check_prompts(body)
-    parsed.unsupported += not_yet(body, UNSUPPORTED)
     return parsed
 
 
@@ -263,6 +269,7 @@ def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
         logprobs=body.logprobs,
         prompt_logprobs=body.prompt_logprobs,
         explain=body.explain,
+        grammar=next(((kind, getattr(body, kind)) for kind in GRAMMARS if getattr(body, kind) is not None), None),
         truncate_prompt_tokens=body.truncate_prompt_tokens,
         deadline_ms=body.deadline_ms,
         echo=bool(body.echo),
@@ -294,6 +301,10 @@ def _check_together(valid: GenerateBody) -> list[Problem]:
     if valid.temperature is not None and valid.do_sample is not None and valid.do_sample == (valid.temperature == 0):
         text = "do_sample contradicts temperature: false is temperature 0, true is a temperature above 0."
         problems.append(Problem("do_sample", text, valid.do_sample, "give one of the two"))
+    given = [kind for kind in GRAMMARS if getattr(valid, kind) is not None]
+    if len(given) > 1:
+        text = f"Only one of {', '.join(GRAMMARS)} may be given, not {' and '.join(given)}."
+        problems.append(Problem(given[1], text, allowed="leave it out"))
     if valid.dry_run and valid.stream:
         problems.append(Problem("dry_run", "dry_run is answered at once: stream must be false.", True, "false"))
     if valid.request_id is not None and not valid.request_id.isprintable():

@@ -10,10 +10,22 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.generation import ChoiceFinished, Completed, Problem, PromptLogprobs, Started, TextDelta, Usage
+from server.engine.request import FinishReason
+from server.generation import (
+    ChoiceFinished,
+    Completed,
+    Problem,
+    PromptLogprobs,
+    Started,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
 from server.http.errors import error_object
 from server.http.openai.logprobs import ChatLogprobs, TextLogprobs, chat_logprobs, text_logprobs
 from server.http.sse import AnswerBuilder, Show, prompt_logprobs, shown
+
+_TOOL_CALLS = "tool_calls"
 
 _encode = msgspec.json.Encoder().encode
 
@@ -55,9 +67,23 @@ class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: _Cached
 
 
+class _Function(msgspec.Struct, frozen=True):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class _Call(msgspec.Struct, frozen=True):
+    function: _Function
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[_Call] | UnsetType = UNSET
 
 
 class _ChatChunkChoice(msgspec.Struct, frozen=True):
@@ -73,8 +99,10 @@ class _ChatChunkChoice(msgspec.Struct, frozen=True):
 
 class _Message(msgspec.Struct, frozen=True):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[_Call] | UnsetType = UNSET
 
 
 class _ChatChoice(msgspec.Struct, frozen=True):
@@ -136,6 +164,14 @@ class ChunkWriter:
     def delta(self, event: TextDelta) -> bytes:
         """New text; empty when there is nothing to show."""
         show = self._shape.show
+        spoken = b""
+        if event.reasoning or event.calls:
+            calls = [_call(call) for call in event.calls] or UNSET
+            delta = _Delta(reasoning_content=event.reasoning or UNSET, tool_calls=calls)
+            spoken = self._chunk(_ChatChunkChoice(event.index, delta))
+        return spoken + self._said(show, event)
+
+    def _said(self, show: Show, event: TextDelta) -> bytes:
         if not show.tokens:
             if not event.text:
                 return b""
@@ -173,7 +209,7 @@ class ChunkWriter:
 
     def finished(self, event: ChoiceFinished) -> bytes:
         """The end of a choice."""
-        reason = event.finish_reason.value
+        reason = _reason(event)
         if self._shape.chat:
             choice: Any = _ChatChunkChoice(event.index, _Delta(), None, reason, event.stop_reason)
         else:
@@ -209,6 +245,28 @@ class BodyBuilder(AnswerBuilder):
     def __init__(self, shape: Shape) -> None:
         super().__init__(shape.show)
         self._shape = shape
+        self._reasoning: dict[int, str] = {}
+        self._calls: dict[int, dict[int, _Call]] = {}
+        self._called: set[int] = set()
+
+    def delta(self, event: TextDelta) -> None:
+        """New text, and what was thought and called beside it."""
+        super().delta(event)
+        if event.reasoning:
+            self._reasoning[event.index] = self._reasoning.get(event.index, "") + event.reasoning
+        calls = self._calls.setdefault(event.index, {}) if event.calls else {}
+        for news in event.calls:
+            before = calls.get(news.index)
+            if before is None:
+                calls[news.index] = _call(news)
+            else:
+                function = _Function(before.function.arguments + news.arguments, before.function.name)
+                calls[news.index] = _Call(function, UNSET, before.id, before.type)
+
+    def finished(self, event: ChoiceFinished) -> None:
+        super().finished(event)
+        if event.called:
+            self._called.add(event.index)
 
     def answer(self, started: Started, event: Completed) -> bytes:
         """The body, once every choice has finished."""
@@ -217,11 +275,21 @@ class BodyBuilder(AnswerBuilder):
         for output in self.outputs():
             items = self.whole(output.index).logprobs
             prompt = self.prompts.get(output.index - output.index % shape.choices_per_prompt)
-            rest = (output.finish_reason, output.stop_reason, output.token_ids, output.explain)
+            reason = output.finish_reason
+            if reason == FinishReason.STOP.value and output.index in self._called:
+                reason = _TOOL_CALLS
+            rest = (reason, output.stop_reason, output.token_ids, output.explain)
             found = UNSET if prompt is None or output.index != prompt.index else prompt_logprobs(prompt)
             if shape.chat:
                 chat = chat_logprobs(items) if shape.show.logprobs else None
-                choices.append(_ChatChoice(output.index, _Message("assistant", output.text), chat, *rest, found))
+                calls = [msgspec.structs.replace(c, index=UNSET) for c in self._calls.get(output.index, {}).values()]
+                message = _Message(
+                    "assistant",
+                    output.text or (None if calls else ""),
+                    reasoning_content=self._reasoning.get(output.index, UNSET),
+                    tool_calls=calls or UNSET,
+                )
+                choices.append(_ChatChoice(output.index, message, chat, *rest, found))
                 continue
             logprobs = None
             if shape.show.logprobs:
@@ -242,6 +310,19 @@ class BodyBuilder(AnswerBuilder):
             event.seed,
         )
         return _encode(envelope)
+
+
+def _call(news: ToolCallDelta) -> _Call:
+    if news.name is None or news.id is None:
+        return _Call(_Function(news.arguments), news.index)
+    return _Call(_Function(news.arguments, news.name), news.index, news.id, "function")
+
+
+def _reason(event: ChoiceFinished) -> str:
+    """The finish reason as OpenAI's clients expect it: a choice that stopped after it had called says so."""
+    if event.called and event.finish_reason is FinishReason.STOP:
+        return _TOOL_CALLS
+    return event.finish_reason.value
 
 
 def _usage(usage: Usage) -> _Usage:
