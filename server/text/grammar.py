@@ -11,15 +11,15 @@ import re
 from typing import Any
 
 import llguidance
-import numpy as np
 
 from server.generation import GrammarKind
 
 MAX_CHARACTERS = 64 * 1024
-# Spaces and line ends between the parts of JSON: some, so that a model may write as it is used to, and never endless.
-_WHITESPACE = r"[ \n\t]{0,16}"
+# Between the parts of JSON: one space, or a line end and what indents the next line. So a model may write as it is used
+# to; with more freedom, one that does not know where to go on writes spaces.
+_WHITESPACE = r"( |\n {0,12})?"
 # Whatever a schema says about these ("x-guidance"), it is so.
-_SCHEMA_OPTIONS: dict[str, Any] = {
+SCHEMA_OPTIONS: dict[str, Any] = {
     "item_separator": ",",
     "key_separator": ":",
     "whitespace_flexible": True,
@@ -63,7 +63,7 @@ def compile_grammar(kind: GrammarKind, value: Any) -> str:
 
 def _make(kind: GrammarKind, value: Any) -> str:
     if kind == "json_schema":
-        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(value), overrides=_SCHEMA_OPTIONS)  # type: ignore[arg-type]
+        return llguidance.LLMatcher.grammar_from_json_schema(json.dumps(value), overrides=SCHEMA_OPTIONS)  # type: ignore[arg-type]
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(value)
     if kind == "grammar":
@@ -75,10 +75,10 @@ def _make(kind: GrammarKind, value: Any) -> str:
 def _check_not_empty(kind: GrammarKind, made: str, limits: llguidance.LLParserLimits) -> None:
     """Refuse what no text at all matches, as far as its first byte shows."""
     matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), made, log_level=0, limits=limits)
-    allowed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+    allowed = matcher.compute_bitmask()
     if matcher.is_error() and "special_token" not in matcher.get_error():
         raise _problem(kind, matcher.get_error())
-    if not allowed.any():
+    if not any(allowed):
         raise GrammarProblem(f"{kind} matches no text.", False)
 
 

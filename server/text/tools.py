@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from server.text.grammar import SCHEMA_OPTIONS
+
 ToolFormat = Literal["hermes", "llama3"]
 
 _OPEN, _CLOSE, _PYTHON = "<tool_call>", "</tool_call>", "<|python_tag|>"
@@ -197,7 +199,7 @@ def call_grammar(form: ToolFormat, tools: Sequence[Mapping[str, Any]], parallel:
     free_text: whether the answer may be, or begin with, plain text; else it is one call, or several where parallel.
     """
     calls = [_call_schema(form, tool) for tool in tools]
-    schema = json.dumps({"anyOf": calls} if len(calls) > 1 else calls[0])
+    schema = json.dumps({"anyOf": calls, "x-guidance": SCHEMA_OPTIONS})
     if form == "hermes":
         call = f'call: "{_OPEN}\\n" %json {schema} "\\n{_CLOSE}"'
         many = 'call ("\\n" call)*' if parallel else "call"

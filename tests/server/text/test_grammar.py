@@ -35,8 +35,8 @@ def accepts(grammar: str, text: str) -> bool:
         (
             "json_schema",
             {"x-guidance": {"lenient": True, "whitespace_flexible": False}, "type": "object"},
-            ["{}", '{ "a" : 1 }'],
-            ["[]"],
+            ["{}", '{ "a" : 1 }', '{\n  "a": 1\n}'],
+            ["[]", '{  "a": 1}', "{\n\n}"],
         ),
     ],
 )
