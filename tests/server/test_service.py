@@ -368,6 +368,35 @@ def test_retry_after_follows_the_drain_rate(tmp_path: Path) -> None:
     run(tmp_path, test)
 
 
+def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        service = server.service
+        late = await collect(service, ids_request([5], max_new_tokens=4000, ignore_eos=True, deadline_ms=300))
+        assert late.end.finish_reason is FinishReason.DEADLINE
+        assert 0 < len(late.ids[0]) < 4000
+        # One runs for long: the next one waits for its place, and its time passes.
+        running = asyncio.create_task(collect(service, ids_request([6], max_new_tokens=100, ignore_eos=True)))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refusal) as caught:
+            await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=150))
+        assert (caught.value.code, caught.value.problems[0].param) == ("deadline", "deadline_ms")
+        # Places have become free every ten seconds lately: nobody is kept waiting to be told.
+        now = time.monotonic()
+        service._finished.clear()
+        service._finished.extend([now - 20.0, now - 10.0])
+        began = time.monotonic()
+        with pytest.raises(Refusal) as caught:
+            await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=3000))
+        assert caught.value.code == "deadline"
+        assert time.monotonic() - began < 0.1
+        assert (await running).end.finish_reason is FinishReason.LENGTH
+        assert server.is_clean()
+        assert server.books.outcomes == {"deadline": 3, "length": 1}
+        await server.settled()
+
+    run(tmp_path, test, max_running=1, step_seconds=0.01)
+
+
 def test_while_loading_requests_are_refused(tmp_path: Path) -> None:
     async def test(server: Server) -> None:
         assert server.service.state == "loading"
