@@ -369,4 +369,9 @@ def _gauges(core: EngineCore) -> Gauges:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    exit_code = main(int(sys.argv[1]))
+    # Without the interpreter's own end: the heart may beat in the middle of it, and libraries with threads and state of
+    # their own were seen to abort there.
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(exit_code)
