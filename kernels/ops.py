@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -186,10 +188,8 @@ class SamplingMetadata:
     Sparse, row index first:
       biases         (row, token id, value added to the logit); -inf forbids a token (`min_new_tokens`, bad words)
       allowed        row -> the only token ids allowed
+      masks          row -> uint32 [ceil(V / 32)]: bit i % 32 of word i // 32 is set where id i is allowed (grammars)
       prompt_tokens, output_tokens   row -> token ids so far, present only for rows with a penalty that is on
-
-    num_logprobs   None: none. n >= 0: also the log-probability of each row's token, and those of the n most likely
-                   tokens, all from the logits as they came, before any bias, penalty, temperature or filter
     """
 
     seeds: Sequence[int]
@@ -207,7 +207,7 @@ class SamplingMetadata:
     allowed: dict[int, Sequence[int]] = field(default_factory=dict)
     prompt_tokens: dict[int, Sequence[int]] = field(default_factory=dict)
     output_tokens: dict[int, Sequence[int]] = field(default_factory=dict)
-    num_logprobs: int | None = None
+    masks: dict[int, npt.NDArray[np.uint32]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,18 +215,24 @@ class SampleResult:
     """token_ids: int64 [R]; undefined where `finite` is false.
 
     finite: bool [R]: false where the row's logits, before any filter, held a NaN or an infinity.
-
-    With `num_logprobs` = n, else None; undefined where `finite` is false:
-    logprobs      float32 [R]: natural logarithm of the raw probability of the row's token
-    top_ids       int64 [R, n]: the n most likely tokens, most likely first, the lower id first on a tie
-    top_logprobs  float32 [R, n]: theirs
     """
 
     token_ids: Tensor
     finite: Tensor
-    logprobs: Tensor | None = None
-    top_ids: Tensor | None = None
-    top_logprobs: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbabilities:
+    """Natural logarithms of raw probabilities; undefined for a row that is not finite.
+
+    logprobs      float32 [R]: of each row's token
+    top_ids       int64 [R, n]: the n most likely tokens, most likely first, the lower id first on a tie
+    top_logprobs  float32 [R, n]: theirs
+    """
+
+    logprobs: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
 
 
 class Ops(Protocol):
@@ -416,7 +422,17 @@ class Ops(Protocol):
         pending: int64 [R] on the device: for each row, the last token of its output where the host did not know it yet
         when it wrote `metadata.output_tokens` (a step in flight draws it), else -1. Penalties count it.
 
-        Order: bias and allowed ids, penalties, temperature, top-k, top-p, min-p, typical-p. A row's NaN touches no
-        other row. A row of which every token is forbidden gives id 0.
+        Order: bias, allowed ids and masks, penalties, temperature, top-k, top-p, min-p, typical-p. A row's NaN touches
+        no other row. A row of which every token is forbidden gives id 0.
         """
+        ...
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """Of token_ids int64 [R] and of the `count` most likely tokens, from logits [R, V] as they came: before any
+        bias, penalty, temperature or filter. `count` is 0 to V (the CUDA backend: up to 1024)."""
+        ...
+
+    def token_weights(self, scaled: npt.NDArray[np.float32], maximum: np.float32) -> npt.NDArray[np.int64]:
+        """The integer weights that `sample` gives to a row [V] of finite logits or -inf, after temperature, on the
+        host: trunc(exp(l - max) * 2^36), by this backend's own exp. For explanations; slow."""
         ...

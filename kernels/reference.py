@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -35,6 +36,7 @@ from kernels.ops import (
     KVCache,
     KVCacheSpec,
     LinearWeight,
+    LogProbabilities,
     QuantizationMode,
     QuantizedActivations,
     QuantizedWeight,
@@ -43,7 +45,16 @@ from kernels.ops import (
     SamplingMetadata,
 )
 from kernels.philox import random_31_bits
-from kernels.sampling import check_sampling, draw, kept_weights, log_probabilities, with_pending
+from kernels.sampling import (
+    Float32Array,
+    Int64Array,
+    check_sampling,
+    draw,
+    kept_weights,
+    log_probabilities,
+    token_weights,
+    with_pending,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +399,15 @@ class ReferenceOps:
         random = random_31_bits(metadata.seeds, metadata.positions, metadata.choices)
         tokens = [draw(kept_weights(values[r], metadata, r), int(random[r])) for r in range(rows)]
         token_ids = torch.tensor(tokens, dtype=torch.int64)
-        return SampleResult(token_ids, finite, *log_probabilities(logits, token_ids, metadata.num_logprobs))
+        return SampleResult(token_ids, finite)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """logits [R, V], token_ids int64 [R] -> log-probabilities, before any filter."""
+        return log_probabilities(logits, token_ids, count)
+
+    def token_weights(self, scaled: Float32Array, maximum: np.float32) -> Int64Array:
+        """The weights that `sample` gives to a row of logits after temperature."""
+        return token_weights(scaled, maximum)
 
 
 def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:

@@ -24,19 +24,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kernels.ops import SamplingMetadata
+from kernels.ops import LogProbabilities, SamplingMetadata
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 Int64Array = npt.NDArray[np.int64]
+Weigh = Callable[[Float32Array, np.float32], Int64Array]
+
+FilterName = Literal["allowed", "temperature", "weight", "top_k", "top_p", "min_p", "typical_p"]
 
 WEIGHT_BITS = 36
 SURPRISE_BITS = 22
@@ -125,8 +129,13 @@ def check_sampling(metadata: SamplingMetadata, rows: int, vocab: int) -> None:
                 raise ValueError(f"metadata.{name}[{row}] holds a token id outside 0 to {vocab - 1}")
             if name == "allowed" and not len(tokens):
                 raise ValueError(f"metadata.allowed[{row}] is empty: no token could be drawn")
-    if m.num_logprobs is not None and not 0 <= m.num_logprobs <= vocab:
-        raise ValueError(f"metadata.num_logprobs is {m.num_logprobs}; allowed is 0 to {vocab}, or None")
+    for row, mask in m.masks.items():
+        if not 0 <= row < rows:
+            raise ValueError(f"metadata.masks names row {row}; there are {rows} rows of logits")
+        if mask.dtype != np.uint32 or mask.shape != (num_mask_words(vocab),):
+            raise ValueError(
+                f"metadata.masks[{row}] is {mask.dtype} {mask.shape}; uint32 [{num_mask_words(vocab)}] is needed"
+            )
 
 
 def with_pending(metadata: SamplingMetadata, pending: Tensor | None) -> SamplingMetadata:
@@ -140,25 +149,60 @@ def with_pending(metadata: SamplingMetadata, pending: Tensor | None) -> Sampling
     return dataclasses.replace(metadata, output_tokens=output_tokens)
 
 
-def log_probabilities(
-    logits: Tensor, token_ids: Tensor, count: int | None
-) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    """logits [R, V], token_ids int64 [R] -> (logprobs [R], top_ids [R, count], top_logprobs [R, count]).
+def check_log_probabilities(logits: Tensor, token_ids: Tensor, count: int, most: int | None = None) -> None:
+    """Raise ValueError for what `Ops.log_probabilities` cannot be asked for; most: of `count`, beside V."""
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
+    rows, vocab = logits.shape
+    if token_ids.shape != (rows,) or token_ids.dtype != torch.int64:
+        raise ValueError(f"token_ids must be int64 [{rows}], got {token_ids.dtype} {tuple(token_ids.shape)}")
+    limit = vocab if most is None else min(vocab, most)
+    if not 0 <= count <= limit:
+        raise ValueError(f"count is {count}; allowed is 0 to {limit}")
 
-    In float64, rounded once to float32. The most likely tokens come first, of equal ones the lower id..
+
+def log_probabilities(logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+    """`Ops.log_probabilities` on the host: in float64, rounded once to float32, each row by itself.
+
+    A row that is not finite gets zeros. Raises ValueError as `check_log_probabilities` does.
     """
-    if count is None:
-        return None, None, None
-    logprobs = torch.log_softmax(logits.to(torch.float64), dim=-1).to(torch.float32)
-    top_ids = torch.sort(logits, dim=-1, descending=True, stable=True).indices[:, :count]
-    chosen = logprobs.gather(1, token_ids[:, None])[:, 0]
-    return chosen, top_ids, logprobs.gather(1, top_ids)
+    check_log_probabilities(logits, token_ids, count)
+    rows, vocab = logits.shape
+    values: Float32Array = logits.to(torch.float32).numpy()
+    ids = token_ids.tolist()
+    chosen = np.zeros(rows, dtype=np.float32)
+    top_ids = np.zeros((rows, count), dtype=np.int64)
+    top = np.zeros((rows, count), dtype=np.float32)
+    for row in range(rows):
+        raw = values[row]
+        if not np.isfinite(raw).all():
+            continue
+        shifted = raw.astype(np.float64) - np.float64(raw.max())
+        with np.errstate(under="ignore"):
+            log_sum = np.log(np.exp(shifted).sum())
+        chosen[row] = shifted[ids[row]] - log_sum
+        if count:
+            best = np.flatnonzero(raw >= np.partition(raw, vocab - count)[vocab - count])
+            best = best[np.argsort(-raw[best], kind="stable")][:count]
+            top_ids[row] = best
+            top[row] = shifted[best] - log_sum
+    return LogProbabilities(torch.from_numpy(chosen), torch.from_numpy(top_ids), torch.from_numpy(top))
+
+
+def num_mask_words(vocab: int) -> int:
+    """Words of 32 bits that a mask over the vocabulary has."""
+    return -(-vocab // 32)
+
+
+def allowed_by_mask(mask: npt.NDArray[np.uint32], vocab: int) -> BoolArray:
+    """bool [V] of a packed mask."""
+    return np.unpackbits(mask.view(np.uint8), bitorder="little", count=vocab).view(np.bool_)
 
 
 def adjust_logits(
     logits: Float32Array, metadata: SamplingMetadata, row: int, biases: Sequence[tuple[int, float]]
 ) -> Float32Array:
-    """Bias, allowed ids and penalties of one row, each a float32 operation rounded once. Returns a new array [V].
+    """Bias, allowed ids, mask and penalties of one row, each a float32 operation rounded once. Returns a new array [V].
 
     biases: those of this row, as (token id, bias).
 
@@ -175,6 +219,8 @@ def adjust_logits(
             kept = adjusted[allowed]
             adjusted[:] = -np.inf
             adjusted[allowed] = kept
+        if row in metadata.masks:
+            adjusted[~allowed_by_mask(metadata.masks[row], len(adjusted))] = -np.inf
 
         prompt: Sequence[int] = metadata.prompt_tokens.get(row, ())
         output: Sequence[int] = metadata.output_tokens.get(row, ())
@@ -245,37 +291,60 @@ def biases_by_row(metadata: SamplingMetadata) -> dict[int, list[tuple[int, float
     return rows
 
 
-def kept_weights(logits: Float32Array, metadata: SamplingMetadata, row: int) -> Int64Array:
+def kept_weights(
+    logits: Float32Array, metadata: SamplingMetadata, row: int, weigh: Weigh = token_weights
+) -> Int64Array:
     """Integer weights int64 [V] of the tokens that `row` may draw, 0 for all others.
 
     `weights / weights.sum()` is the filtered distribution. Greedy rows have a single nonzero weight. All zeros if
     every token was forbidden or the logits are not finite.
     """
+    *_, (_, weights) = filter_stages(logits, metadata, row, weigh)
+    return weights
+
+
+def filter_stages(
+    logits: Float32Array, metadata: SamplingMetadata, row: int, weigh: Weigh = token_weights
+) -> Iterator[tuple[FilterName, Int64Array]]:
+    """The weights int64 [V] of `row` after each filter that is on, by its name and in order; the last are final.
+
+    "allowed" comes first: what biases of -inf, allowed ids and masks leave. Then "weight": what has a weight at all.
+    Each array is the same one, changed by the next filter. weigh: a backend's own `Ops.token_weights`.
+    """
+    weights = np.zeros(logits.shape, dtype=np.int64)
     if not np.isfinite(logits).all():
-        return np.zeros(logits.shape, dtype=np.int64)
+        yield "allowed", weights
+        return
     adjusted = adjust_logits(logits, metadata, row, biases_by_row(metadata).get(row, ()))
-    maximum = adjusted.max()
-    if maximum == -np.inf:
-        return np.zeros(logits.shape, dtype=np.int64)
+    weights[adjusted > -np.inf] = 1
+    yield "allowed", weights
+    if adjusted.max() == -np.inf:
+        return
     if metadata.temperatures[row] < SMALLEST_TEMPERATURE:
-        weights = np.zeros(logits.shape, dtype=np.int64)
+        weights[:] = 0
         weights[adjusted.argmax()] = 1 << WEIGHT_BITS
-        return weights
+        yield "temperature", weights
+        return
 
     scaled = scale_by_temperature(adjusted, metadata.temperatures[row])
     maximum = scaled.max()
-    weights = token_weights(scaled, maximum)
+    weights[:] = weigh(scaled, maximum)
+    yield "weight", weights
     top_k, top_p = metadata.top_ks[row], metadata.top_ps[row]
     if 0 < top_k < len(scaled):
         weights[scaled < np.partition(scaled, -top_k)[-top_k]] = 0
+        yield "top_k", weights
     if top_p < 1.0:
         threshold = multiply_shift_ceil(probability_31_bits(top_p), int(weights.sum()))
         weights[weights < top_p_cutoff(weights, threshold)] = 0
-    weights[weights < min_p_weight(metadata.min_ps[row])] = 0
+        yield "top_p", weights
+    if metadata.min_ps[row] > 0.0:
+        weights[weights < min_p_weight(metadata.min_ps[row])] = 0
+        yield "min_p", weights
     if metadata.typical_ps[row] < 1.0:
         p31 = probability_31_bits(metadata.typical_ps[row])
         weights[~typical_keep(scaled, maximum, weights, p31)] = 0
-    return weights
+        yield "typical_p", weights
 
 
 def draw(weights: Int64Array, random: int) -> int:

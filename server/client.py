@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from server.engine.messages import Abort, Delta, FirstToken, Ready, StepOutput, Submit
 from server.engine.request import FinishReason, SamplingParams
+from server.engine.scores import Details, Explanation
 from server.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ ENGINE_FAILED = "the engine failed and is not started again"
 class Arrival:
     """All that has arrived for one choice since its reader last looked: one delta, or several merged.
 
-    first_at, last_at: when the first and the last token came, in seconds of the client's clock.
+    first_at, last_at: when the first and the last token came, in seconds of the client's clock. details: of the
+    tokens, joined; prompt_scores: pieces of packed scores and the positions at which they begin.
     """
 
     index: int
@@ -45,6 +47,16 @@ class Arrival:
     stop_token_id: int | None = None
     error: str | None = None
     first: FirstToken | None = None
+    scores: bytes = b""
+    explanations: list[Explanation] = field(default_factory=list)
+    prompt_scores: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def add_details(self, details: Details) -> None:
+        """Take over what came with a delta."""
+        self.scores += details.scores
+        self.explanations += details.explanations
+        if details.prompt_scores:
+            self.prompt_scores.append((details.prompt_start, details.prompt_scores))
 
 
 class Mailbox:
@@ -65,10 +77,14 @@ class Mailbox:
         """Add a delta. The reader is not woken yet."""
         arrival = self._arrivals.get(index)
         if arrival is None:
-            self._arrivals[index] = Arrival(
+            arrival = self._arrivals[index] = Arrival(
                 index, delta.token_ids, now, now, delta.finish_reason, delta.stop_token_id, delta.error, delta.first
             )
+            if delta.details is not None:
+                arrival.add_details(delta.details)
             return
+        if delta.details is not None:
+            arrival.add_details(delta.details)
         if delta.token_ids:
             if not arrival.token_ids:
                 arrival.first_at = now
@@ -119,6 +135,7 @@ class _Route:
     tenant: str
     cache_salt: str
     arrival: int
+    dry_run: bool = False
     delivered: list[int] = field(default_factory=list)
     engine_id: int | None = None
     suspected: bool = False
@@ -170,11 +187,16 @@ class EngineClient:
         priority: int = 0,
         tenant: str = "",
         cache_salt: str = "",
+        dry_run: bool = False,
     ) -> Mailbox:
-        """Send a request. Whoever opens closes: `close` when the mailbox is read no more, whatever happened."""
+        """Send a request. Whoever opens closes: `close` when the mailbox is read no more, whatever happened.
+
+        dry_run: nothing is generated; the one arrival has `first`, with the number of cached tokens.
+        """
         mailbox = Mailbox()
         for index in range(num_choices):
-            route = _Route(mailbox, index, prompt_token_ids, params, priority, tenant, cache_salt, next(self._arrivals))
+            order = next(self._arrivals)
+            route = _Route(mailbox, index, prompt_token_ids, params, priority, tenant, cache_salt, order, dry_run)
             mailbox.routes.append(route)
             self._held[route.arrival] = route
             if self._failed:
@@ -313,6 +335,7 @@ class EngineClient:
                 tenant=route.tenant,
                 cache_salt=route.cache_salt,
                 arrival=route.arrival,
+                dry_run=route.dry_run,
             )
         )
 

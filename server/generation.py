@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from server.engine.request import FinishReason
+from server.engine.scores import Explanation
 
+GrammarKind = Literal["json_schema", "regex", "grammar", "choice"]
 ErrorCode = Literal[
     "invalid_request",
     "context_length_exceeded",
@@ -19,6 +21,8 @@ ErrorCode = Literal[
     "draining",
     "engine_restarting",
     "unsupported",
+    "unsupported_grammar",
+    "deadline",
     "internal",
 ]
 
@@ -53,7 +57,9 @@ class GenerationRequest:
     """A request whose form is valid. None stands for "the model's default"; the service resolves it.
 
     Exactly one of prompt, prompt_token_ids, messages is given. The names, ranges and defaults are those of
-    docs/api.md; `n` choices are drawn for one prompt; `tenant` is who asks (an API key's name, or "").
+    docs/api.md; `n` choices are drawn for one prompt; `grammar` is its kind and what was sent; `tools` are as
+    OpenAI's chat has them; `tool_choice` is "auto", "required", or "function:" and a name; `chat` tells reasoning and
+    calls from text. `tenant` is who asks (an API key's name, or "").
     """
 
     prompt: str | None = None
@@ -77,6 +83,19 @@ class GenerationRequest:
     include_stop: bool = False
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    explain: int | None = None
+    truncate_prompt_tokens: int | None = None
+    deadline_ms: int | None = None
+    echo: bool = False
+    grammar: tuple[GrammarKind, Any] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    chat: bool = False
 
     return_token_ids: bool = False
     skip_special_tokens: bool = True
@@ -100,15 +119,70 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """A token by itself: its id, its bytes and, of those that are no whole characters, U+FFFD as text."""
+
+    id: int
+    text: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's raw log-probability (natural logarithm), and the most likely tokens with theirs."""
+
+    token: Token
+    logprob: float
+    top: tuple[tuple[Token, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedToken:
+    """A draw, and its candidates with their tokens, in the order of `explanation.candidates`."""
+
+    token: Token
+    explanation: Explanation
+    candidates: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a prompt's tokens, None for the first; after Started, where they were asked for.
+
+    index: of the first choice of that prompt; first: its first token.
+    """
+
+    index: int
+    first: Token
+    tokens: tuple[TokenLogprobs | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """News of a tool call: the first has its id and name, the others pieces of its arguments, which are JSON."""
+
+    index: int
+    id: str | None
+    name: str | None
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class TextDelta:
     """New text of one choice, never empty unless `token_ids` are (a token may add no text yet).
 
-    token_ids: the tokens delivered with this event, whether or not their text is complete.
+    token_ids: the tokens delivered with this event, whether or not their text is complete; logprobs and explained: of
+    each of them, where they were asked for. The text of the prompt (`echo`) comes without tokens. reasoning and calls:
+    where the request is a chat, what was thought and called instead of said.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    explained: tuple[ExplainedToken, ...] = ()
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +191,14 @@ class ChoiceFinished:
 
     stop_reason: the stop string, or the id of the stop or end-of-sequence token, when finish_reason is STOP; else None.
     error: what to tell the client when finish_reason is ERROR; it never holds a path, a traceback or an address.
+    called: whether it has called a tool.
     """
 
     index: int
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     error: str | None = None
+    called: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +225,17 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class DryRun:
+    """What a request would be: nothing was generated. `parameters` by their names in requests, every one resolved."""
+
+    id: str
+    model: str
+    parameters: dict[str, Any]
+    prompt_token_ids: tuple[int, ...]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Completed:
     """The last event, when every choice has finished."""
 
@@ -157,4 +244,4 @@ class Completed:
     timings: Timings
 
 
-Event = Started | TextDelta | ChoiceFinished | Completed
+Event = Started | PromptLogprobs | TextDelta | ChoiceFinished | Completed

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from server.client import Arrival, EngineClient, Mailbox
+from server.details import DetailReader
 from server.engine.messages import FirstToken
 from server.engine.request import FinishReason, SamplingParams
-from server.generation import ChoiceFinished, Event, GenerationRequest, TextDelta, Timings, Usage
+from server.generation import ChoiceFinished, Event, GenerationRequest, PromptLogprobs, TextDelta, Timings, Usage
 from server.text.detokenizer import Detokenizer
 from server.text.stops import StopMatcher
 from server.text.tokenizer import ModelText
@@ -63,6 +64,7 @@ class Job:
     def __init__(self, request: GenerationRequest, began: float, metrics: Metrics) -> None:
         self.mailbox: Mailbox | None = None
         self.cancelled = False
+        self.expired = False
         self.prompt_tokens = 0
         self.error: str | None = None
         self._request = request
@@ -71,15 +73,18 @@ class Job:
         self._submitted = began
         self._choices: list[Choice] = []
         self._num_open = request.n
+        self._details: DetailReader | None = None
         self._first: FirstToken | None = None
         self._first_at: float | None = None
         self._last_at = began
 
-    def prepare(self, text: ModelText, params: SamplingParams, prompt_tokens: int, now: float) -> None:
+    def prepare(self, text: ModelText, params: SamplingParams, prompt_ids: list[int], now: float) -> None:
         """Before the request goes to the engine."""
         request = self._request
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens = len(prompt_ids)
         self._submitted = now
+        if params.wants_details:
+            self._details = DetailReader(text, params, prompt_ids)
         stops = StopMatcher(request.stop, request.include_stop) if request.stop else None
         for index in range(request.n):
             matcher = stops.fresh() if stops is not None else None
@@ -110,6 +115,12 @@ class Job:
         if self.mailbox is not None:
             client.end(self.mailbox, FinishReason.CANCELLED)
 
+    def expire(self, client: EngineClient) -> None:
+        """Its deadline has passed: what has arrived is still delivered, then DEADLINE."""
+        self.expired = True
+        if self.mailbox is not None:
+            client.end(self.mailbox, FinishReason.DEADLINE)
+
     def take(self, arrivals: list[Arrival], client: EngineClient) -> list[Event]:
         """The events of what has arrived."""
         events: list[Event] = []
@@ -122,13 +133,21 @@ class Job:
                 token_ids = arrival.token_ids
                 choice.num_tokens += len(token_ids)
                 self._metrics.tokens_delivered(len(token_ids))
-                events.append(TextDelta(choice.index, choice.detokenizer.push(token_ids), tuple(token_ids)))
+                text = choice.detokenizer.push(token_ids)
+                if self._details is None:
+                    events.append(TextDelta(choice.index, text, tuple(token_ids)))
+                else:
+                    self._details.append_prompt(arrival)
+                    if token_ids:
+                        events.append(TextDelta(choice.index, text, *self._details.of(arrival, len(token_ids))))
             else:
                 self._take_with_care(choice, arrival, events, client)
         return events
 
     def _take_with_care(self, choice: Choice, arrival: Arrival, events: list[Event], client: EngineClient) -> None:
         """Where the choice may end, by a stop string or by the engine."""
+        if self._details is not None:
+            self._details.append_prompt(arrival)
         token_ids = arrival.token_ids
         reason, ending = arrival.finish_reason, arrival.stop_token_id
         # The token that ends a choice has no text of its own in the output.
@@ -146,8 +165,11 @@ class Job:
             if used < len(token_ids):
                 self._metrics.tokens_discarded("stop", len(token_ids) - used)
         if text or used:
-            delivered = token_ids if used == len(token_ids) else token_ids[:used]
-            events.append(TextDelta(choice.index, text, tuple(delivered)))
+            if self._details is None:
+                delivered = token_ids if used == len(token_ids) else token_ids[:used]
+                events.append(TextDelta(choice.index, text, tuple(delivered)))
+            else:
+                events.append(TextDelta(choice.index, text, *self._details.of(arrival, used)))
         if stopped is not None:
             if reason is None and self.mailbox is not None:
                 client.stop_choice(self.mailbox, choice.index)
@@ -180,6 +202,10 @@ class Job:
             self._metrics.first_token(arrival.first_at - self._began)
         if count > 1:
             self._metrics.inter_token(arrival.last_at - arrival.first_at, count - 1)
+
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Those of the prompt, where they were asked for; whole once there is a first token."""
+        return self._details.prompt() if self._details is not None else None
 
     def usage(self) -> Usage:
         """Token counts of the whole request."""

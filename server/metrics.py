@@ -40,6 +40,7 @@ REFUSED = (
     "forbidden",
     "model_not_found",
     "context_length_exceeded",
+    "unsupported_grammar",
     "timeout",
     "too_large",
     "unsupported_media_type",
@@ -52,6 +53,8 @@ REFUSED = (
     "engine_restarting",
 )
 _RELOADS = ("loaded", "refused")
+# What was answered and generated nothing.
+NOT_GENERATED = ("dry_run",)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _DISCARD_REASONS = ("stop", "abort", "pipeline")
 _MEMORY_KINDS = ("weights", "kv_cache", "workspace", "graphs")
@@ -182,7 +185,7 @@ class Metrics:
 
         # Series that exist from the start: a rate over a counter that appears with its first event misses that event.
         for endpoint in ENDPOINTS:
-            for outcome in (*FINISHED, *REFUSED):
+            for outcome in (*FINISHED, *REFUSED, *NOT_GENERATED):
                 self._requests.labels(endpoint, outcome)
         for reason in _DISCARD_REASONS:
             self._discarded.labels(reason)

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -24,22 +25,24 @@ from typing import TYPE_CHECKING, Any, Literal
 from server.client import EngineClient, Mailbox
 from server.engine.config import EngineConfig
 from server.engine.messages import Ready
-from server.engine.request import FinishReason, SamplingParams
+from server.engine.request import FinishReason
 from server.generation import (
     Completed,
+    DryRun,
     ErrorCode,
     Event,
     GenerationRequest,
     Problem,
     Refusal,
     Started,
+    TextDelta,
     Timings,
     Usage,
 )
 from server.job import Job
+from server.preparation import DEFAULTS, Preparation, context_of, effective_parameters
 from server.rates import DrainRate
 from server.supervisor import EngineFailed, Supervisor
-from server.text.template import TemplateError, message_problems
 from server.text.tokenizer import ModelText, ModelTextError
 from server.version import VERSION
 
@@ -50,8 +53,6 @@ logger = logging.getLogger("stet.service")
 
 ServiceState = Literal["loading", "ready", "draining", "engine_restarting", "failed"]
 
-# What a parameter is when neither the request nor the model's generation_config.json says.
-_DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
 # A named tenant may hold so many times the places that it leaves free. So whoever floods the queue leaves a part of it,
 # and a second one a part of that, for whoever comes next (dynamic thresholds: Choudhury and Hahne, 1998).
 _PLACES_PER_FREE_PLACE = 4
@@ -102,6 +103,9 @@ class Service:
         self._text: ModelText | None = None
         self._model = ""
         self._fingerprint = ""
+        # Apart from the tokenizers', so that grammars hold up nobody else.
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._grammars: dict[str, str] = {}
         self._failure: EngineFailed | None = None
         self._draining = False
         self._spent = spent
@@ -191,6 +195,7 @@ class Service:
             self._preparation.cancel()
             await asyncio.gather(self._preparation, return_exceptions=True)
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     # What is known beforehand
 
@@ -219,7 +224,7 @@ class Service:
     def context_length(self) -> int:
         """Tokens of one sequence, prompt and output; 0 until it is known."""
         ready = self._supervisor.ready
-        return self._context(ready) if ready is not None else 0
+        return context_of(ready) if ready is not None else 0
 
     def info(self) -> dict[str, Any]:
         """Identity, limits, defaults and state: the body of /info. Holds no path."""
@@ -229,7 +234,7 @@ class Service:
             identity = ready.identity
             known["model"] = self._model
             known["identity"] = {**dataclasses.asdict(identity), "model": self._model}
-            known["context_length"] = self._context(ready)
+            known["context_length"] = context_of(ready)
             known["vocabulary"] = ready.vocab_size
             known["limits"] = {
                 "max_running": ready.max_running,
@@ -242,7 +247,7 @@ class Service:
         if self._text is not None:
             known["chat_template"] = self._text.template is not None
             known["defaults"] = {
-                **_DEFAULTS,
+                **DEFAULTS,
                 **self._text.generation_defaults,
                 "max_new_tokens": self._settings.default_max_new_tokens,
             }
@@ -254,40 +259,24 @@ class Service:
         ready, text = self._supervisor.ready, self._text
         if ready is None or text is None:
             return []
-        found: list[Problem] = []
-        context, vocabulary = self._context(ready), ready.vocab_size
-        ids_allowed = f"0 to {vocabulary - 1}"
-        if request.max_new_tokens is not None and request.max_new_tokens >= context:
-            found.append(
-                Problem(
-                    "max_new_tokens",
-                    f"max_new_tokens must leave room for a prompt in the context of {context} tokens.",
-                    request.max_new_tokens,
-                    f"1 to {context - 1}",
-                )
-            )
-        if request.top_k is not None and request.top_k > vocabulary:
-            text_top_k = f"top_k must not exceed the vocabulary of {vocabulary} tokens."
-            found.append(Problem("top_k", text_top_k, request.top_k, f"0 to {vocabulary}; 0 is off"))
-        for name, ids in (
-            ("prompt_token_ids", request.prompt_token_ids or ()),
-            ("stop_token_ids", request.stop_token_ids),
-            ("logit_bias", request.logit_bias),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
-                bad = next(token_id for token_id in ids if not 0 <= token_id < vocabulary)
-                found.append(Problem(name, f"{name} must be ids in the vocabulary; {bad} is not.", bad, ids_allowed))
+        found = self._preparation_of(ready, text).problems(request)
         capacity = self._capacity(ready)
         if request.n > capacity:
             message = f"n must not exceed the {capacity} places of this server."
             found.append(Problem("n", message, request.n, f"1 to {capacity}"))
-        if request.messages is not None:
-            if text.template is None:
-                message = "This model has no chat template: send the whole text as `prompt`."
-                found.append(Problem("messages", message, None, "prompt or prompt_token_ids"))
-            for where, allowed in message_problems(request.messages):
-                found.append(Problem(where, f"{where} must be {allowed}.", None, allowed))
         return found
+
+    def _preparation_of(self, ready: Ready, text: ModelText) -> Preparation:
+        settings = self._settings
+        return Preparation(
+            ready,
+            text,
+            self._executor,
+            self._compiler,
+            settings.default_max_new_tokens,
+            settings.inline_characters,
+            self._grammars,
+        )
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         """The ids of a request's prompt. Raises Refusal."""
@@ -295,7 +284,10 @@ class Service:
             raise self._not_ready()
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        return await self._prompt_ids(self._text, request)
+        ready, text = self._supervisor.ready, self._text
+        if ready is None:
+            raise self._not_ready()
+        return await self._preparation_of(ready, text).prompt(request)
 
     def detokenize(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids. Raises Refusal."""
@@ -312,6 +304,8 @@ class Service:
     async def generate(self, request: GenerationRequest, endpoint: str = "/generate") -> AsyncGenerator[Event, None]:
         """The events of a request: Started once the first token is there, then text, ends, and Completed.
 
+        A deadline counts from this call on.
+
         Raises Refusal, before the first event, if the request is not carried out. Closing the generator, or cancelling
         the task that waits for it, aborts the request.
         """
@@ -319,17 +313,21 @@ class Service:
         outcome: str | None = None
         job: Job | None = None
         mailbox: Mailbox | None = None
+        timer: asyncio.TimerHandle | None = None
         reserved = False
         try:
             ready, text = self._reserve(request)
             reserved = True
             job = Job(request, began, self._metrics)
             self._jobs.add(job)
-            prompt_ids = await self._prompt_ids(text, request)
-            params = self._resolve(request, ready, text, prompt_ids)
+            preparation = self._preparation_of(ready, text)
+            prompt_ids = await preparation.prompt(request)
+            params = preparation.params(request, prompt_ids, await preparation.grammar(request))
             if job.cancelled:
                 raise self._not_ready()
-            job.prepare(text, params, len(prompt_ids), self._clock())
+            deadline = self._deadline(request, ready, began)
+            job.prepare(text, params, prompt_ids, self._clock())
+            speech = preparation.speech(request, prompt_ids)
             mailbox = job.mailbox = self._client.open(
                 prompt_ids,
                 params,
@@ -338,6 +336,8 @@ class Service:
                 tenant=request.tenant,
                 cache_salt=request.cache_salt,
             )
+            if deadline is not None:
+                timer = asyncio.get_running_loop().call_later(deadline, job.expire, self._client)
             started = False
             while not job.ended:
                 events = job.take(await mailbox.receive(), self._client)
@@ -345,9 +345,15 @@ class Service:
                     if job.ended and job.num_tokens == 0:
                         raise self._lost_before_start(job)
                     started = True
-                    request_id = request.request_id or f"gen-{self._id_prefix}{next(self._ids):06x}"
-                    yield Started(request_id, self._model, params.seed)
-                for event in events:
+                    yield Started(self._answer_id(request), self._model, params.seed)
+                    prompt_logprobs = job.prompt_logprobs()
+                    if prompt_logprobs is not None:
+                        yield prompt_logprobs
+                    if request.echo:
+                        echoed = preparation.prompt_text(request, prompt_ids)
+                        for index in range(request.n):
+                            yield TextDelta(index, echoed, ())
+                for event in events if speech is None else speech.split(events):
                     yield event
             yield Completed(params.seed, job.usage(), job.timings(self._clock()))
         except Refusal as refusal:
@@ -357,6 +363,8 @@ class Service:
             outcome = "internal"
             raise
         finally:
+            if timer is not None:
+                timer.cancel()
             if mailbox is not None:
                 self._client.close(mailbox)
             now = self._clock()
@@ -369,6 +377,62 @@ class Service:
                 # Ended as its choices did; or its reader went away, and GeneratorExit or CancelledError passes by.
                 outcome = job.outcome if job is not None and job.ended else FinishReason.CANCELLED.value
             self._count(endpoint, outcome, job, now - began, now)
+
+    async def dry_run(self, request: GenerationRequest, endpoint: str = "/generate") -> DryRun:
+        """What a request would be: its parameters, its tokens, and how much of them is cached. Raises Refusal."""
+        began = self._clock()
+        outcome: str = FinishReason.CANCELLED.value
+        try:
+            found = await self._dry_run(request)
+            outcome = "dry_run"
+        except Refusal as refusal:
+            outcome = refusal.code
+            raise
+        except Exception:
+            outcome = "internal"
+            raise
+        finally:
+            self._count(endpoint, outcome, None, self._clock() - began, self._clock())
+        return found
+
+    async def _dry_run(self, request: GenerationRequest) -> DryRun:
+        ready, text = self._ready()
+        if problems := self.problems(request):
+            raise Refusal("invalid_request", problems)
+        preparation = self._preparation_of(ready, text)
+        prompt_ids = await preparation.prompt(request)
+        params = preparation.params(request, prompt_ids, await preparation.grammar(request))
+        mailbox = self._client.open(
+            prompt_ids, params, tenant=request.tenant, cache_salt=request.cache_salt, dry_run=True
+        )
+        try:
+            (arrival,) = await mailbox.receive()
+        finally:
+            self._client.close(mailbox)
+        if arrival.first is None:
+            raise Refusal("internal", [Problem(None, arrival.error or "The engine could not carry out this request.")])
+        cached = arrival.first.cached_tokens
+        parameters = effective_parameters(params)
+        return DryRun(self._answer_id(request), self._model, parameters, tuple(prompt_ids), cached)
+
+    def _answer_id(self, request: GenerationRequest) -> str:
+        return request.request_id or f"gen-{self._id_prefix}{next(self._ids):06x}"
+
+    def _deadline(self, request: GenerationRequest, ready: Ready, began: float) -> float | None:
+        """Seconds that are left of a request's time; None if it has all of it. Raises Refusal if they cannot do.
+
+        They cannot where the requests that wait before it took longer to get a place lately, as far as that is known.
+        """
+        if request.deadline_ms is None:
+            return None
+        left = request.deadline_ms / 1e3 - (self._clock() - began)
+        waiting = self._places_taken - ready.max_running
+        wait = self._drain_rate.seconds_until(waiting, self._clock()) if waiting > 0 else 0.0
+        if left <= 0 or (wait is not None and wait > left):
+            message = f"deadline_ms is {request.deadline_ms}"
+            message += f", and a place is free in about {math.ceil(wait or 0)} s." if left > 0 else ", which is over."
+            raise Refusal("deadline", [Problem("deadline_ms", message, request.deadline_ms, "more time")])
+        return left
 
     async def generate_together(
         self, requests: Sequence[GenerationRequest], endpoint: str
@@ -423,13 +487,14 @@ class Service:
     async def _check_together(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """The requests with their prompts as tokens, once all could be carried out now. Raises Refusal."""
         ready, text = self._ready()
+        preparation = self._preparation_of(ready, text)
         self._check_room(ready, sum(request.n for request in requests), requests[0].tenant)
         seed = requests[0].seed if requests[0].seed is not None else secrets.randbelow(2**53)
         checked: list[GenerationRequest] = []
         for position, request in enumerate(requests):
             try:
-                prompt = await self._prompt_ids(text, request)
-                self._resolve(request, ready, text, prompt)
+                prompt = await preparation.prompt(request)
+                preparation.params(request, prompt, await preparation.grammar(request))
             except Refusal as refusal:
                 names = {name: f"{name}[{position}]" for name in ("prompt", "prompt_token_ids")}
                 problems = [
@@ -498,88 +563,15 @@ class Service:
         return Refusal(code, [Problem(None, message)], retry_after)
 
     def _lost_before_start(self, job: Job) -> Refusal:
+        if job.expired:
+            return Refusal("deadline", [Problem("deadline_ms", "The deadline passed before the first token.")])
         if job.cancelled:
             return self._not_ready()
         return Refusal("internal", [Problem(None, job.error or "The engine could not carry out this request.")])
 
-    async def _prompt_ids(self, text: ModelText, request: GenerationRequest) -> list[int]:
-        """Template and tokens; a long text in a thread, where the tokenizer lets others run. Raises Refusal."""
-        if request.prompt_token_ids is not None:
-            return list(request.prompt_token_ids)
-
-        def encode() -> list[int]:
-            if request.messages is not None:
-                return text.encode_messages(request.messages)
-            return text.encode(request.prompt or "", request.add_special_tokens)
-
-        size = len(request.prompt or "") + sum(_content_size(message) for message in request.messages or ())
-        try:
-            if size <= self._settings.inline_characters:
-                return encode()
-            return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
-        except TemplateError as error:
-            raise Refusal("invalid_request", [Problem("messages", f"{error}")]) from error
-
-    def _resolve(self, request: GenerationRequest, ready: Ready, text: ModelText, prompt: list[int]) -> SamplingParams:
-        """Every parameter with its value. Raises Refusal for what only the tokens show."""
-        param = "messages" if request.messages is not None else "prompt"
-        param = "prompt_token_ids" if request.prompt_token_ids is not None else param
-        if not prompt:
-            message = "The prompt is empty: at least one token is needed."
-            raise Refusal("invalid_request", [Problem(param, message, None, "at least one token")])
-        context = self._context(ready)
-        room = context - len(prompt)
-        wanted = request.max_new_tokens
-        if room < 1 or (wanted or 0) > room:
-            message = f"The prompt has {len(prompt)} tokens"
-            message += f" and max_new_tokens is {wanted}" if wanted is not None else ""
-            message += f"; together with at least one new token they may be {context} at most."
-            if room >= 1:
-                message = (
-                    f"The prompt's {len(prompt)} tokens and max_new_tokens {wanted} exceed the context of {context}."
-                )
-                problem = Problem("max_new_tokens", message, wanted, f"1 to {room}")
-            else:
-                problem = Problem(param, message, len(prompt), f"up to {context - 1} tokens")
-            raise Refusal("context_length_exceeded", [problem])
-        max_new_tokens = wanted if wanted is not None else min(self._settings.default_max_new_tokens, room)
-        if request.min_new_tokens > max_new_tokens:
-            message = f"min_new_tokens must not exceed max_new_tokens, which is {max_new_tokens} here."
-            raise Refusal(
-                "invalid_request",
-                [Problem("min_new_tokens", message, request.min_new_tokens, f"0 to {max_new_tokens}")],
-            )
-        defaults = {**_DEFAULTS, **text.generation_defaults}
-
-        def value(name: str) -> float:
-            given = getattr(request, name)
-            return float(defaults[name] if given is None else given)
-
-        return SamplingParams(
-            max_new_tokens=max_new_tokens,
-            min_new_tokens=request.min_new_tokens,
-            temperature=value("temperature"),
-            top_k=max(0, int(value("top_k"))),
-            top_p=value("top_p"),
-            min_p=request.min_p,
-            typical_p=value("typical_p"),
-            repetition_penalty=value("repetition_penalty"),
-            presence_penalty=request.presence_penalty,
-            frequency_penalty=request.frequency_penalty,
-            seed=request.seed if request.seed is not None else secrets.randbelow(2**53),
-            logit_bias=tuple(sorted(request.logit_bias.items())),
-            stop_token_ids=request.stop_token_ids,
-            ignore_eos=request.ignore_eos,
-        )
-
     def _capacity(self, ready: Ready) -> int:
         """Places, taken or not."""
         return ready.max_running + self._settings.max_waiting
-
-    @staticmethod
-    def _context(ready: Ready) -> int:
-        """Tokens of one sequence: what the model allows, or what the cache holds (the last token needs no place)."""
-        return min(ready.max_model_len, ready.num_blocks * ready.block_size + 1)
 
     def _count(self, endpoint: str, outcome: str, job: Job | None, duration: float, now: float) -> None:
         timings = job.timings(now) if job is not None else None
@@ -611,8 +603,3 @@ def _sum(ends: Sequence[Completed]) -> Completed:
     )
     times = zip(*(dataclasses.astuple(end.timings) for end in ends), strict=True)
     return Completed(ends[0].seed, usage, Timings(*map(max, times)))
-
-
-def _content_size(message: dict[str, Any]) -> int:
-    content = message.get("content") or ""
-    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)

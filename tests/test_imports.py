@@ -16,11 +16,16 @@ PACKAGES = ("kernels", "models", "server")
 PURE_NAMES = ("admission", "block_pool", "books", "fair_queue", "scheduler")
 PURE = (
     *(f"server.engine.{name}" for name in PURE_NAMES),
-    *(f"server.engine.{n}" for n in ("config", "plan", "request")),
+    *(f"server.engine.{n}" for n in ("config", "plan", "request", "scores")),
 )
 
 # What crosses the boundary between the processes.
-ENGINE_WORDS = ("server.engine.messages", "server.engine.request", "server.engine.config")
+ENGINE_WORDS = (
+    "server.engine.messages",
+    "server.engine.request",
+    "server.engine.config",
+    "server.engine.scores",
+)
 
 # Who may import whom: the longest matching prefix on the left decides; itself and what stands on the right is allowed.
 ALLOWED: dict[str, tuple[str, ...]] = {
@@ -28,15 +33,21 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "models": ("models", "kernels"),
     "server.version": (),
     "server.logs": (),
-    "server.generation": ("server.engine.request",),
+    "server.generation": ("server.engine.request", "server.engine.scores"),
     "server.metrics": ("server.engine.messages",),
     "server.engine": ("server.engine", "server.version", "models", "kernels"),
     "server.engine.process": ("server.engine", "server.logs"),
     "server.engine.request": (),
     "server.engine.config": (),
     "server.engine.identity": (),
-    "server.engine.plan": ("server.engine.request",),
-    "server.engine.messages": ("server.engine.request", "server.engine.config", "server.engine.identity"),
+    "server.engine.scores": (),
+    "server.engine.plan": ("server.engine.request", "server.engine.scores"),
+    "server.engine.messages": (
+        "server.engine.request",
+        "server.engine.scores",
+        "server.engine.config",
+        "server.engine.identity",
+    ),
     **{f"server.engine.{name}": PURE for name in PURE_NAMES},
     "server.keys": (),
     "server.rates": (),
@@ -52,25 +63,27 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # The only part that touches the device: a process of its own.
     "server.planner.probe": ("server.planner", "server.engine", "models", "kernels"),
-    "server.text": ("server.text",),
+    "server.text": ("server.text", "server.generation"),
     "server.watchdog": ("server.engine.messages",),
     "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics", "server.watchdog"),
     "server.client": (
         "server.supervisor",
-        "server.engine.messages",
-        "server.engine.request",
-        "server.engine.config",
+        *ENGINE_WORDS,
         "server.metrics",
     ),
+    "server.details": ("server.client", "server.text", "server.generation", *ENGINE_WORDS),
     "server.job": (
+        "server.details",
         "server.client",
         "server.text",
         "server.metrics",
         "server.generation",
-        "server.engine.messages",
-        "server.engine.request",
+        *ENGINE_WORDS,
     ),
+    "server.speech": ("server.text", "server.generation"),
+    "server.preparation": ("server.speech", "server.text", "server.generation", *ENGINE_WORDS),
     "server.service": (
+        "server.preparation",
         "server.job",
         "server.rates",
         "server.client",
@@ -92,6 +105,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.logs",
         "server.version",
         "server.engine.request",
+        "server.engine.scores",
         "server.engine.config",
         "server.engine.memory",
     ),

@@ -24,6 +24,7 @@ TYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT1
 EMBEDDING, NORM, LINEAR, GATED, WRITE_KV, ATTENTION, QUANTIZE, SAMPLE = range(8)
 LAYER_NORM, UNGATED, ADD, ADD_POSITIONS, SOFTCAP = range(8, 13)
 ROUTE, GROUP, EXPERT_LINEAR, COMBINE = range(13, 17)
+WEIGHTS = 17
 
 SCRATCH_FLOATS = 1 << 18
 """What each thread has for the intermediate values of a row, or of a part of attention."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from kernels.cpu.linear import CpuLinear
 from kernels.cpu.native import SCRATCH_FLOATS, Team
 from kernels.cpu.plan import CpuPlan, make_plan
 from kernels.cpu.program import Program, Recording, computing_is_an_error
-from kernels.cpu.sampling import sample
+from kernels.cpu.sampling import sample, token_weights
 from kernels.ops import (
     Activations,
     AttentionMetadata,
@@ -40,6 +41,7 @@ from kernels.ops import (
     KVCache,
     KVCacheSpec,
     LinearWeight,
+    LogProbabilities,
     QuantizationMode,
     QuantizedActivations,
     QuantizedWeight,
@@ -48,7 +50,7 @@ from kernels.ops import (
     SamplingMetadata,
 )
 from kernels.portable.workspace import Workspace
-from kernels.sampling import with_pending
+from kernels.sampling import Float32Array, Int64Array, log_probabilities, with_pending
 
 _PART_ROWS = 24  # of csrc/attention.h
 
@@ -444,6 +446,14 @@ class CpuOps:
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
         return sample(self.team, _floats(logits), with_pending(metadata, pending), self._workspace, self.fallbacks)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """logits [R, V], token_ids int64 [R] -> log-probabilities, before any filter."""
+        return log_probabilities(logits, token_ids, count)
+
+    def token_weights(self, scaled: Float32Array, maximum: np.float32) -> Int64Array:
+        """The weights that `sample` gives to a row of logits after temperature."""
+        return token_weights(self.team, scaled, maximum)
 
     def quantize(self, x: Tensor) -> QuantizedActivations:
         """x float32 [T, K] -> integers as the kernels multiply them, with a scale for each row (`kernels.int8`)."""

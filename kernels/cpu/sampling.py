@@ -1,29 +1,31 @@
 """The rule of `kernels.sampling` in C++ (csrc/sampling.h): the same tokens, each row by whichever thread is free.
 
-What few requests ask for stays in NumPy: biases, allowed ids and penalties are applied before; rows with typical-p are
-left to `kernels.sampling`, and counted; log-probabilities come after.
+What few requests ask for stays in NumPy: biases, allowed ids, masks and penalties are applied before; rows with
+typical-p are left to `kernels.sampling`, and counted.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.native import SAMPLE, Team, command
+from kernels.cpu.native import SAMPLE, WEIGHTS, Team, command
 from kernels.ops import SampleResult, SamplingMetadata
 from kernels.philox import random_31_bits
 from kernels.portable.workspace import Workspace
 from kernels.sampling import (
     WEIGHT_BITS,
+    Float32Array,
+    Int64Array,
     adjust_logits,
     biases_by_row,
     check_sampling,
     draw,
     kept_weights,
-    log_probabilities,
 )
 
 _CANDIDATE_BYTES = 24
@@ -38,7 +40,7 @@ def sample(
     m = metadata
     random = random_31_bits(m.seeds, m.positions, m.choices)
     adjusted = np.zeros(rows, dtype=np.uint8)
-    touched = {*m.allowed, *m.prompt_tokens, *m.output_tokens, *(row for row, _, _ in m.biases)}
+    touched = {*m.allowed, *m.masks, *m.prompt_tokens, *m.output_tokens, *(row for row, _, _ in m.biases)}
     values = logits
     if touched:
         values = workspace.take("adjusted", (rows, vocab), torch.float32).copy_(logits)
@@ -60,7 +62,17 @@ def sample(
     for row, typical_p in enumerate(m.typical_ps):
         if typical_p < 1.0 and finite[row]:
             fallbacks["sample"] += 1
-            tokens[row] = draw(kept_weights(logits[row].numpy(), m, row), int(random[row]))
+            kept = kept_weights(logits[row].numpy(), m, row, partial(token_weights, team))
+            tokens[row] = draw(kept, int(random[row]))
     token_ids = torch.from_numpy(tokens)
-    found = log_probabilities(logits, token_ids, m.num_logprobs)
-    return SampleResult(token_ids, torch.from_numpy(finite.astype(bool)), *found)
+    return SampleResult(token_ids, torch.from_numpy(finite.astype(bool)))
+
+
+def token_weights(team: Team, scaled: Float32Array, maximum: np.float32) -> Int64Array:
+    """`Ops.token_weights`: what csrc/sampling.h computes. Its exp differs from NumPy's by a unit here and there."""
+    values = np.ascontiguousarray(scaled, dtype=np.float32)
+    maxima = np.asarray([maximum], dtype=np.float32)
+    weights = np.empty(len(values), dtype=np.int64)
+    pointers = (values.ctypes.data, maxima.ctypes.data, weights.ctypes.data)
+    team.run(command(WEIGHTS, 1, pointers, (len(values),)), 1, None)
+    return weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,13 +19,24 @@ from kernels.checks import (
     check_residual,
     check_softcap,
 )
-from kernels.cuda import activation, attention, experts, layer_norm, linear, norm, pointwise, sampling
+from kernels.cuda import (
+    activation,
+    attention,
+    experts,
+    layer_norm,
+    linear,
+    norm,
+    pointwise,
+    sampling,
+    sampling_logprobs,
+)
 from kernels.cuda import kv_cache as kv_cache_module
 from kernels.cuda.common import device_type
 from kernels.cuda.experts import CudaExperts
 from kernels.cuda.kv_cache import CudaKVCache
 from kernels.cuda.linear import CudaLinear
 from kernels.cuda.plan import CudaPlan, check_on_device, make_plan
+from kernels.cuda.sampling_weights import token_weights
 from kernels.cuda.upload import Upload
 from kernels.cuda.workspace import Workspace
 from kernels.ops import (
@@ -35,6 +47,7 @@ from kernels.ops import (
     KVCache,
     KVCacheSpec,
     LinearWeight,
+    LogProbabilities,
     QuantizationMode,
     QuantizedActivations,
     QuantizedWeight,
@@ -42,6 +55,7 @@ from kernels.ops import (
     SampleResult,
     SamplingMetadata,
 )
+from kernels.sampling import Float32Array, Int64Array
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -247,6 +261,14 @@ class CudaOps:
         plan = sampling.make_plan(metadata, logits.shape[0], logits.shape[1], self.upload)
         self.upload.send()
         return sampling.sample(logits, plan, pending, self._workspace)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """logits [R, V], token_ids int64 [R] -> log-probabilities (see `kernels.cuda.sampling_logprobs`)."""
+        return sampling_logprobs.log_probabilities(logits, token_ids, count, self._workspace)
+
+    def token_weights(self, scaled: Float32Array, maximum: np.float32) -> Int64Array:
+        """The weights that `sample` gives to a row of logits after temperature. Waits for the device."""
+        return token_weights(torch.from_numpy(scaled).to(self.device), float(maximum)).cpu().numpy()
 
     def _own_cache(self, cache: KVCache, plan: CudaPlan) -> CudaKVCache:
         """Check that the cache is ours and fits the plan."""

@@ -33,7 +33,7 @@ from kernels.cuda.common import TRITON_TYPES
 from kernels.cuda.compile import Variant
 from kernels.cuda.sampling_candidates import bound_of_groups, gather_candidates, narrow
 from kernels.cuda.sampling_plan import SamplingPlan, make_plan
-from kernels.cuda.sampling_survey import CHUNK, GROUP, MAX_CHUNKS, MAX_GROUPS, Surveyed, row_summary
+from kernels.cuda.sampling_survey import CHUNK, GROUP, MAX_CHUNKS, MAX_GROUPS, row_summary
 from kernels.cuda.sampling_weights import (
     EVERYTHING,
     LOWEST_KEY,
@@ -316,7 +316,7 @@ def sample(logits: Tensor, plan: SamplingPlan, pending: Tensor | None, workspace
     token_ids = torch.zeros(rows, dtype=torch.int64, device=logits.device)
     finite = torch.zeros(rows, dtype=torch.int8, device=logits.device)
     if not rows:
-        return sampling_logprobs.with_logprobs(logits, token_ids, finite, plan, None, workspace)
+        return SampleResult(token_ids, finite.view(torch.bool))
     exponentials = exponential_table(logits.device)
     slots = plan.adjustments.slots if plan.adjustments is not None else 0
     adjusted_start = rows * CAPACITY
@@ -349,8 +349,7 @@ def sample(logits: Tensor, plan: SamplingPlan, pending: Tensor | None, workspace
         enable_fp_fusion=True,
         **_constants(),
     )
-    raw: Surveyed | None = found if plan.adjustments is None else None
-    return sampling_logprobs.with_logprobs(logits, token_ids, finite, plan, raw, workspace)
+    return SampleResult(token_ids, finite.view(torch.bool))  # bytes of 0 and 1
 
 
 def _constants() -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Biases, allowed ids and penalties: the logits of the rows that have any, as float32 copies."""
+"""Biases, allowed ids, masks and penalties: the logits of the rows that have any, as float32 copies."""
 
 from __future__ import annotations
 
@@ -101,6 +101,25 @@ def _adjust(
             tl.store(copy_ptr + pending, value)
 
 
+@triton.jit(do_not_specialize=["vocab", "words"])
+def _mask(
+    masks_ptr,  # int32 [M, words]
+    mask_slots_ptr,  # int32 [M]
+    out_ptr,  # float32 [slots, V]
+    vocab,
+    words,
+    BLOCK: tl.constexpr,
+):
+    """Program (chunk, mask): -inf where the bit of an id is 0."""
+    which = tl.program_id(1).to(tl.int64)
+    slot = tl.load(mask_slots_ptr + which).to(tl.int64)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < vocab
+    word = tl.load(masks_ptr + which * words + (index >> 5), mask=inside, other=-1)
+    forbidden = ((word >> (index & 31)) & 1) == 0
+    tl.store(out_ptr + slot * vocab + index, float("-inf"), mask=inside & forbidden)
+
+
 def adjust(logits: Tensor, adjustments: Adjustments, pending: Tensor | None, out: Tensor) -> None:
     """logits [R, V] -> out float32 [slots, V]: the rows of the slots with everything that precedes the temperature.
 
@@ -129,10 +148,15 @@ def adjust(logits: Tensor, adjustments: Adjustments, pending: Tensor | None, out
         num_warps=WARPS,
         enable_fp_fusion=True,
     )
+    if a.masks is not None and a.mask_slots is not None:
+        _mask[(triton.cdiv(vocab, BLOCK), a.masks.shape[0])](
+            a.masks, a.mask_slots, out, vocab, a.masks.shape[1], BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True
+        )
 
 
 def variants() -> list[Variant]:
-    """bf16 logits, with and without pending tokens."""
+    """bf16 logits, with and without pending tokens; masks."""
+    masked = {"masks_ptr": "*i32", "mask_slots_ptr": "*i32", "out_ptr": "*fp32"}
     copied = {"logits_ptr": "*bf16", "slots_ptr": "*i64", "out_ptr": "*fp32"}
     pointers = {
         **copied,
@@ -166,6 +190,14 @@ def variants() -> list[Variant]:
             {**pointers, **integers},
             {"BLOCK": ENTRIES, "pending_ptr": None},
             frozenset(pointers) | {"logits_stride"},
+            num_warps=WARPS,
+        ),
+        Variant(
+            "mask",
+            _mask,
+            {**masked, "vocab": "i32", "words": "i32"},
+            {"BLOCK": BLOCK},
+            frozenset(masked),
             num_warps=WARPS,
         ),
     ]

@@ -1,4 +1,4 @@
-"""Log-probabilities of the drawn token and of the most likely ones, from the logits as they came.
+"""Log-probabilities of given tokens and of the most likely ones, from the logits as they came.
 
 ln p = (l - max) - ln(sum of weights / 2^36): the sum is one of integers, so it has no order. What each weight loses
 below 2^-36 makes an error of at most 2^-36 a token of the vocabulary, 2e-6 for 131,072 tokens.
@@ -16,12 +16,13 @@ from torch import Tensor
 from kernels.cuda import sampling_survey
 from kernels.cuda.compile import Variant
 from kernels.cuda.sampling_candidates import bound_of_groups, gather_candidates
-from kernels.cuda.sampling_plan import SamplingPlan
-from kernels.cuda.sampling_survey import CHUNK, GROUP, MAX_CHUNKS, MAX_GROUPS, Surveyed, row_summary
+from kernels.cuda.sampling_survey import CHUNK, GROUP, MAX_CHUNKS, MAX_GROUPS, row_summary
 from kernels.cuda.sampling_weights import exponential_table, if_so, key_of, load_values
 from kernels.cuda.workspace import Workspace
-from kernels.ops import SampleResult
+from kernels.ops import LogProbabilities
+from kernels.sampling import check_log_probabilities
 
+MAX_LOGPROBS = 1024
 CAPACITY = 2048
 BLOCK = 1024
 WARPS = 8
@@ -98,22 +99,21 @@ def _logprobs(
             )
 
 
-def with_logprobs(
-    logits: Tensor, token_ids: Tensor, finite: Tensor, plan: SamplingPlan, raw: Surveyed | None, workspace: Workspace
-) -> SampleResult:
-    """The result of a step; raw: the survey of the logits, if there is one of them as they came."""
-    finite = finite.view(torch.bool)  # bytes of 0 and 1
-    top = plan.num_logprobs
-    if top is None:
-        return SampleResult(token_ids, finite)
-    rows, vocab = plan.rows, plan.vocab
+def log_probabilities(logits: Tensor, token_ids: Tensor, top: int, workspace: Workspace) -> LogProbabilities:
+    """logits [R, V] bf16, fp16 or fp32, rows contiguous; token_ids int64 [R] on the device: `Ops.log_probabilities`.
+
+    Raises ValueError as `check_log_probabilities` does. Reads nothing back to the host.
+    """
+    check_log_probabilities(logits, token_ids, top, MAX_LOGPROBS)
+    rows, vocab = logits.shape
     logprobs = torch.zeros(rows, dtype=torch.float32, device=logits.device)
     top_ids = torch.zeros((rows, top), dtype=torch.int64, device=logits.device)
     top_logprobs = torch.zeros((rows, top), dtype=torch.float32, device=logits.device)
     if rows:
         values = workspace.take("logprob values", (rows, CAPACITY), torch.float32)
-        found = raw or sampling_survey.survey(logits, values, None, "logprob", workspace)
-        sampling_survey.sum_weights(logits, values, None, plan.temperatures, exponential_table(logits.device), found)
+        found = sampling_survey.survey(logits, values, None, "logprob", workspace)
+        # Without a table there are no temperatures: the pointer is one that is not read.
+        sampling_survey.sum_weights(logits, values, None, values, exponential_table(logits.device), found)
         _logprobs[(rows,)](
             logits,
             token_ids,
@@ -135,7 +135,7 @@ def with_logprobs(
             enable_fp_fusion=True,
             **_constants(),
         )
-    return SampleResult(token_ids, finite, logprobs, top_ids, top_logprobs)
+    return LogProbabilities(logprobs, top_ids, top_logprobs)
 
 
 def _constants() -> dict[str, int]:

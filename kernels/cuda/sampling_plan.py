@@ -22,7 +22,6 @@ from kernels.sampling import (
 
 MAX_VOCAB = 1 << 18
 """Sums of weights are below 2^63 up to here (`kernels.sampling`)."""
-MAX_LOGPROBS = 1024
 
 # Columns of `SamplingPlan.rows_table`.
 SEED, POSITION, CHOICE, TOP_K, TOP_P, MIN_WEIGHT, TYPICAL_P, SLOT = range(8)
@@ -36,7 +35,7 @@ SEEN, ALLOWED = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class Adjustments:
-    """The rows with a bias, allowed ids or a penalty, one slot each, and their tokens that are not like all others.
+    """The rows with a bias, allowed ids, a mask or a penalty, one slot each, and their tokens unlike all others.
 
     slots_table  int64 [slots, SLOT_COLUMNS]: row, its first entry and the one after its last, whether only entries with
                  ALLOWED are allowed, whether a pending token counts
@@ -45,6 +44,8 @@ class Adjustments:
     flags        int32 [E]: SEEN in the prompt or the output, ALLOWED
     penalties    float32 [2, E]: what is subtracted, and what if the token appears once more
     biases       float32 [J, E]: added one after the other; -0.0 for none
+    masks        int32 [M, ceil(V / 32)]: packed masks of the allowed ids
+    mask_slots   int32 [M]: the slot of each mask; None for both where no row has one
     """
 
     slots: int
@@ -54,6 +55,8 @@ class Adjustments:
     flags: Tensor
     penalties: Tensor
     biases: Tensor
+    masks: Tensor | None = None
+    mask_slots: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,22 +75,17 @@ class SamplingPlan:
     temperatures: Tensor
     needs_sums: bool
     drawn: bool
-    num_logprobs: int | None
     adjustments: Adjustments | None
 
 
 def make_plan(metadata: SamplingMetadata, rows: int, vocab: int, upload: Upload) -> SamplingPlan:
     """Check and pack the parameters of `rows` rows of `vocab` logits. The caller sends the upload.
 
-    Raises ValueError as `check_sampling` does, for a vocabulary above 2^18 and for num_logprobs above 1024.
+    Raises ValueError as `check_sampling` does, and for a vocabulary above 2^18.
     """
     check_sampling(metadata, rows, vocab)
     if not 0 < vocab <= MAX_VOCAB:
         raise ValueError(f"logits have {vocab} columns; allowed is 1 to {MAX_VOCAB}")
-    if metadata.num_logprobs is not None and metadata.num_logprobs > MAX_LOGPROBS:
-        raise ValueError(
-            f"metadata.num_logprobs is {metadata.num_logprobs}; the CUDA backend gives up to {MAX_LOGPROBS}"
-        )
     m = metadata
     temperatures = np.array(m.temperatures, dtype=np.float64)
     temperatures[temperatures < SMALLEST_TEMPERATURE] = 0.0
@@ -113,7 +111,6 @@ def make_plan(metadata: SamplingMetadata, rows: int, vocab: int, upload: Upload)
         temperatures=upload.put(temperatures.astype(np.float32)),
         needs_sums=bool((sampled & (table[:, TOP_K] == 0)).any()),
         drawn=bool(sampled.any()),
-        num_logprobs=m.num_logprobs,
         adjustments=adjustments,
     )
 
@@ -121,10 +118,11 @@ def make_plan(metadata: SamplingMetadata, rows: int, vocab: int, upload: Upload)
 def adjusted_rows(metadata: SamplingMetadata) -> list[int]:
     """The rows whose logits change before the temperature, in order."""
     m = metadata
-    if not (m.biases or m.allowed or m.prompt_tokens or m.output_tokens):
+    if not (m.biases or m.allowed or m.masks or m.prompt_tokens or m.output_tokens):
         return []
     rows = {row for row, _, _ in m.biases}
     rows.update(m.allowed)
+    rows.update(m.masks)
     rows.update(row for row in m.prompt_tokens if m.repetition_penalties[row] != 1.0)
     rows.update(
         row
@@ -175,6 +173,10 @@ def _pack_adjustments(metadata: SamplingMetadata, rows: Sequence[int], upload: U
     for entry, order, bias in added:
         with np.errstate(over="ignore"):
             bias_table[order, entry] = np.float32(bias)
+    masks = mask_slots = None
+    if m.masks:
+        masks = upload.put(np.stack([mask.view(np.int32) for mask in m.masks.values()]))
+        mask_slots = upload.put(np.asarray([rows.index(row) for row in m.masks], dtype=np.int32))
     return Adjustments(
         slots=len(rows),
         slots_table=upload.put(slots_table),
@@ -183,4 +185,6 @@ def _pack_adjustments(metadata: SamplingMetadata, rows: Sequence[int], upload: U
         flags=upload.put(np.concatenate(flags)),
         penalties=upload.put(np.concatenate(penalties, axis=1)),
         biases=upload.put(bias_table),
+        masks=masks,
+        mask_slots=mask_slots,
     )

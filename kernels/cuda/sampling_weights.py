@@ -121,3 +121,19 @@ def load_values(logits_ptr, work_ptr, from_work, index, inside):
     raw = tl.load(logits_ptr + index, mask=if_so(inside, from_work == 0), other=0.0).to(tl.float32)
     work = tl.load(work_ptr + index, mask=if_so(inside, from_work != 0), other=0.0)
     return tl.where(inside, tl.where(from_work != 0, work, raw), float("-inf"))
+
+
+@triton.jit(do_not_specialize=["vocab"])
+def _weights(scaled_ptr, weights_ptr, exponentials_ptr, maximum, vocab, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < vocab
+    x = tl.load(scaled_ptr + index, mask=inside, other=float("-inf"))
+    tl.store(weights_ptr + index, weight_of(x, maximum, exponentials_ptr), mask=inside)
+
+
+def token_weights(scaled: Tensor, maximum: float) -> Tensor:
+    """float32 logits [V] after temperature -> int64 weights [V], as the sampler computes them."""
+    weights = torch.zeros(scaled.shape, dtype=torch.int64, device=scaled.device)
+    grid = (triton.cdiv(len(scaled), 4096),)
+    _weights[grid](scaled, weights, exponential_table(scaled.device), maximum, len(scaled), BLOCK=4096)
+    return weights

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from kernels.ops import (
     KVCache,
     KVCacheSpec,
     LinearWeight,
+    LogProbabilities,
     QuantizationMode,
     QuantizedActivations,
     QuantizedWeight,
@@ -45,7 +47,7 @@ from kernels.portable.plan import PortablePlan, make_plan
 from kernels.portable.rotary import write_kv
 from kernels.portable.sampling import sample
 from kernels.portable.workspace import Workspace
-from kernels.sampling import with_pending
+from kernels.sampling import Float32Array, Int64Array, log_probabilities, token_weights, with_pending
 
 logger = logging.getLogger(__name__)
 
@@ -314,6 +316,14 @@ class PortableOps:
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
         return sample(logits, with_pending(metadata, pending), self._workspace, self.fallbacks)
+
+    def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
+        """logits [R, V], token_ids int64 [R] -> log-probabilities, before any filter."""
+        return log_probabilities(logits, token_ids, count)
+
+    def token_weights(self, scaled: Float32Array, maximum: np.float32) -> Int64Array:
+        """The weights that `sample` gives to a row of logits after temperature."""
+        return token_weights(scaled, maximum)
 
     def _heights(self, head_dim: int, dtype: torch.dtype, rows: int, softcap: bool) -> bool:
         """Whether prompts may use tall tiles beside decode tiles of `rows` rows; checked once."""

@@ -29,7 +29,6 @@ from kernels.sampling import (
     check_sampling,
     draw,
     kept_weights,
-    log_probabilities,
     min_p_weight,
     multiply_shift_ceil,
     multiply_shift_floor,
@@ -53,7 +52,7 @@ def sample(
     values = workspace.take("logits", (rows, vocab), torch.float32).copy_(logits).numpy()
     random = random_31_bits(metadata.seeds, metadata.positions, metadata.choices).tolist()
     biases = biases_by_row(metadata)
-    touched = {*biases, *metadata.allowed, *metadata.prompt_tokens, *metadata.output_tokens}
+    touched = {*biases, *metadata.allowed, *metadata.masks, *metadata.prompt_tokens, *metadata.output_tokens}
     sampler = _Sampler(vocab, metadata, workspace)
     tokens, finite = [0] * rows, [False] * rows
     with np.errstate(over="ignore", under="ignore"):
@@ -72,7 +71,7 @@ def sample(
                     token = draw(kept_weights(raw, metadata, row), random[row])
                 tokens[row] = token
     token_ids = torch.tensor(tokens, dtype=torch.int64)
-    return SampleResult(token_ids, torch.tensor(finite), *log_probabilities(logits, token_ids, metadata.num_logprobs))
+    return SampleResult(token_ids, torch.tensor(finite))
 
 
 class _Sampler:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -71,15 +73,28 @@ def build_sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[in
     """How to draw one token for each of these planned requests, in this order."""
     params = [planned.request.params for planned in sampled]
     biases: list[tuple[int, int, float]] = []
+    allowed: dict[int, Sequence[int]] = {}
+    masks: dict[int, npt.NDArray[np.uint32]] = {}
     prompt_tokens: dict[int, Sequence[int]] = {}
     output_tokens: dict[int, Sequence[int]] = {}
     for row, planned in enumerate(sampled):
         request = planned.request
         biases += [(row, token_id, bias) for token_id, bias in request.params.logit_bias]
+        forbidden: list[int] = []
         if planned.output_index < request.params.min_new_tokens:
             # Before the minimum, no token that would end the choice may be drawn.
-            ending = dict.fromkeys((*eos_token_ids, *request.params.stop_token_ids))
-            biases += [(row, token_id, -math.inf) for token_id in ending]
+            forbidden += dict.fromkeys((*eos_token_ids, *request.params.stop_token_ids))
+        if request.params.bad_words:
+            forbidden += sorted(request.params.banned_after(request.output_token_ids[: planned.output_index]))
+        if request.params.allowed_token_ids:
+            allowed[row] = request.params.allowed_token_ids
+            if not set(allowed[row]).difference(forbidden):
+                forbidden = []
+        if request.matcher is not None:
+            masks[row] = request.matcher.mask(request.output_token_ids[: planned.output_index])
+            if forbidden and not _leaves_any(masks[row], forbidden):
+                forbidden = []
+        biases += [(row, token_id, -math.inf) for token_id in forbidden]
         if request.params.has_penalties:
             prompt_tokens[row] = request.prompt_token_ids
             output_tokens[row] = request.output_token_ids[: planned.output_index]
@@ -96,9 +111,18 @@ def build_sampling(sampled: Sequence[PlannedRequest], eos_token_ids: Sequence[in
         presence_penalties=[p.presence_penalty for p in params],
         frequency_penalties=[p.frequency_penalty for p in params],
         biases=biases,
+        allowed=allowed,
+        masks=masks,
         prompt_tokens=prompt_tokens,
         output_tokens=output_tokens,
     )
+
+
+def _leaves_any(mask: npt.NDArray[np.uint32], forbidden: Sequence[int]) -> bool:
+    left = mask.copy()
+    for token_id in forbidden:
+        left[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+    return bool(left.any())
 
 
 class SamplingBuilder:
@@ -121,6 +145,8 @@ class SamplingBuilder:
             return replace(self._last, positions=[planned.output_index for planned in sampled])
         metadata = build_sampling(sampled, self._eos_token_ids)
         self._requests = requests
-        changes = any(r.params.has_penalties or r.params.min_new_tokens > 0 for r in requests)
+        changes = any(
+            r.params.has_penalties or r.params.min_new_tokens > 0 or r.params.needs_last_token for r in requests
+        )
         self._last = None if changes else metadata
         return metadata

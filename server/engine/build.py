@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
 
+import llguidance
 import torch
 
 from kernels.ops import QuantizationMode, QuantizedWeight
@@ -24,12 +26,15 @@ from server.engine.config import EngineConfig, SchedulerConfig, StartupError
 from server.engine.core import EngineCore
 from server.engine.device import Device, make_device
 from server.engine.dtypes import dtype_name
+from server.engine.grammar import GrammarError, Grammars
 from server.engine.identity import Identity
 from server.engine.memory import KVCachePlan, MemorySettingError
 from server.engine.plan import PlannedRequest, StepPlan, StepRunner
 from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Scheduler
 from server.version import VERSION
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Engine", "StartupError", "build_engine"]
 
@@ -105,6 +110,7 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
     warmup_started = time.perf_counter()
     core, kv_plan = start_core(device, model, config, kv_dtype, report, on_step_start)
     seconds["warmup"] = time.perf_counter() - warmup_started
+    core.grammars = _grammars(path, model.config.vocab_size, core.scheduler.config.eos_token_ids)
 
     return Engine(
         core=core,
@@ -116,6 +122,15 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
         startup_seconds=seconds,
         fallbacks=ops.fallbacks,
     )
+
+
+def _grammars(path: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> Grammars | None:
+    """What grammars need, if the model's tokenizer can be used for them."""
+    try:
+        return Grammars((path / "tokenizer.json").read_text(encoding="utf-8"), vocab_size, eos_token_ids)
+    except (OSError, UnicodeDecodeError, GrammarError) as error:
+        logger.warning("requests with a grammar will be refused: %s", error)
+        return None
 
 
 def start_core(
@@ -221,6 +236,7 @@ def _identity(
     config: EngineConfig, mode: QuantizationMode, device: Device, model: DecoderModel, path: Path, kv_dtype: torch.dtype
 ) -> Identity:
     versions = {"stet": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
+    versions["llguidance"] = llguidance.__version__
     return Identity(
         model=config.model,
         architecture=model.config.architecture,

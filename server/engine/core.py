@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from server.engine.admission import AdmissionError, token_limit
+from server.engine.grammar import GrammarError, Grammars
 from server.engine.plan import DeviceFault, PendingStep, RequestOutput, RowResult, StepPlan, StepResult, StepRunner
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler, StepCounters
@@ -75,8 +77,9 @@ class EngineCore:
     """Owns the scheduler, the runner, the steps in flight and the requests' timelines.
 
     Up to `pipeline_depth` steps are in flight: while the device computes one, the host plans and launches the next.
-    `on_step_start(step_id, predicted_seconds)` is told, for the heartbeat, before the core launches or waits: the
-    oldest step that is not over, and how long everything in flight should take at most.
+    `grammars` is set by whoever has a tokenizer for them. `on_step_start(step_id, predicted_seconds)` is told, for the
+    heartbeat, before the core launches or waits: the oldest step that is not over, and how long everything in flight
+    should take at most.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class EngineCore:
         clock: Callable[[], float] = time.perf_counter,
         on_step_start: Callable[[int, float], None] = lambda step_id, predicted: None,
     ) -> None:
+        self.grammars: Grammars | None = None
         self.scheduler = scheduler
         self._runner = runner
         self._clock = clock
@@ -101,9 +105,23 @@ class EngineCore:
         return self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises AdmissionError if it can never fit, ValueError if its id is open already."""
+        """Queue a request. Raises AdmissionError if it can never fit, or its grammar cannot be used; ValueError if its
+        id is open already."""
+        if request.params.grammar:
+            if self.grammars is None:
+                raise AdmissionError("this engine has no tokenizer, which grammars need")
+            try:
+                request.matcher = self.grammars.matcher(request.params.grammar)
+                request.matcher.mask(request.output_token_ids)
+            except GrammarError as error:
+                raise AdmissionError(f"the grammar cannot be used: {error}") from error
         self.scheduler.add(request)
         self._timelines[request.request_id] = Timeline(added=self._clock())
+
+    def cached_tokens(self, request: Request) -> int:
+        """How much of its prompt a request would find in the prefix cache now. Raises AdmissionError as `add` does."""
+        token_limit(request, self.scheduler.config)
+        return self.scheduler.cached_tokens(request)
 
     def abort(self, request_ids: Iterable[int]) -> None:
         """End requests without a word; unknown and finished ids are ignored. Blocks that no step in flight uses are

@@ -28,6 +28,7 @@ from kernels.cuda.plan import DecodeBatch, select_tokens
 from kernels.ops import KVCache, SampleResult, SamplingMetadata
 from models.layers import DecoderModel
 from server.engine.batch import SamplingBuilder, build_batch
+from server.engine.details import StepDetails, launch_details
 from server.engine.memory import decode_buckets
 from server.engine.plan import DeviceFault, PlannedRequest, RowResult, StepPlan, StepResult
 from server.engine.request import Request, SamplingParams
@@ -137,15 +138,27 @@ class CudaStep:
     results: _Results
     num_sampled: int
     num_tokens: int
+    details: StepDetails | None = None
 
     def result(self) -> StepResult:
         """Wait for the device. Raises DeviceFault."""
-        results, requests = self.results, self.plan.requests
+        results = self.results
         with device_faults():
             if results.arrived is not None:
                 results.arrived.synchronize()
         tokens = results.tokens[: self.num_sampled].tolist()
         finite_rows = results.finite_rows[: self.num_sampled].tolist()
+        if self.details is None:
+            return self._result(tokens, finite_rows)
+        found = self.details.read(tokens)
+        result = self._result(tokens, finite_rows)
+        for place, row in enumerate(result.rows):
+            if row.error is None:
+                row.details = found.get(place)
+        return result
+
+    def _result(self, tokens: list[int], finite_rows: list[bool]) -> StepResult:
+        results, requests = self.results, self.plan.requests
         if not self.num_tokens:
             rows = tuple(
                 RowResult(planned.request.request_id, (token,))
@@ -264,8 +277,10 @@ class CudaRunner:
             graph.replay()
         else:
             self._decode_forward(bucket)
-        sampled = self.ops.sample(self._logits[:num_rows], sampling, last_tokens)
-        return self._finish(plan, sampled, sampled.finite.logical_and(self._finite[:num_rows]), None)
+        logits = self._logits[:num_rows]
+        sampled = self.ops.sample(logits, sampling, last_tokens)
+        details = self._details(plan, sampling, None, logits, sampled.token_ids)
+        return self._finish(plan, sampled, sampled.finite.logical_and(self._finite[:num_rows]), None, details)
 
     def _decode_forward(self, bucket: int) -> None:
         """From the staged inputs of `bucket` rows to their logits, in static buffers: what a graph captures."""
@@ -299,10 +314,11 @@ class CudaRunner:
         # A position that is not finite has poisoned K and V behind it, whether or not a token is drawn from it.
         finite_tokens = torch.isfinite(hidden).all(dim=-1)
         if batch.sampling is None:
-            return self._finish(plan, None, None, finite_tokens)
+            return self._finish(plan, None, None, finite_tokens, self._details(plan, None, hidden, None, None))
         logits = self.model.logits(hidden.index_select(0, sample_rows))
         sampled = self.ops.sample(logits, batch.sampling, last_tokens)
-        return self._finish(plan, sampled, sampled.finite, finite_tokens)
+        details = self._details(plan, batch.sampling, hidden, logits, sampled.token_ids)
+        return self._finish(plan, sampled, sampled.finite, finite_tokens, details)
 
     # ---- what both share ----
 
@@ -317,8 +333,25 @@ class CudaRunner:
         none = self.ops.upload.put(np.full(len(sources), -1, dtype=np.int64))
         return lambda: select_tokens(none, at, self._decode.sampled)
 
+    def _details(
+        self,
+        plan: StepPlan,
+        sampling: SamplingMetadata | None,
+        hidden: Tensor | None,
+        logits: Tensor | None,
+        token_ids: Tensor | None,
+    ) -> StepDetails | None:
+        return launch_details(
+            plan, sampling, model=self.model, ops=self.ops, hidden=hidden, logits=logits, token_ids=token_ids
+        )
+
     def _finish(
-        self, plan: StepPlan, sampled: SampleResult | None, finite_rows: Tensor | None, finite_tokens: Tensor | None
+        self,
+        plan: StepPlan,
+        sampled: SampleResult | None,
+        finite_rows: Tensor | None,
+        finite_tokens: Tensor | None,
+        details: StepDetails | None,
     ) -> CudaStep:
         """Keep the drawn tokens for the next step, and send them to the host."""
         results = self._results[self._turn]
@@ -336,7 +369,7 @@ class CudaRunner:
             results.arrived.record()
         drawn = [planned.request.request_id for planned in plan.requests if planned.samples]
         self._drawn_at = dict(zip(drawn, range(len(drawn)), strict=True))
-        return CudaStep(plan, results, num_sampled, num_tokens)
+        return CudaStep(plan, results, num_sampled, num_tokens, details)
 
     # ---- before the first request ----
 
@@ -435,6 +468,9 @@ _ALL_FILTERS = SamplingParams(
     presence_penalty=0.1,
     frequency_penalty=0.1,
     logit_bias=((0, 1.0),),
+    num_logprobs=20,
+    num_prompt_logprobs=20,
+    explain=20,
 )
 
 # What requests ask for, as far as it makes the sampler launch other kernels.

@@ -15,6 +15,7 @@ import msgspec
 from server.engine.config import EngineConfig
 from server.engine.identity import Identity
 from server.engine.request import FinishReason, SamplingParams
+from server.engine.scores import Details
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _LENGTH = struct.Struct(">I")
@@ -25,7 +26,10 @@ class Init(msgspec.Struct, frozen=True, tag="init"):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A request, new or taken up again: `output_token_ids` are the tokens already delivered."""
+    """A request, new or taken up again: `output_token_ids` are the tokens already delivered.
+
+    dry_run: generate nothing; one Delta answers, whose `first` tells how much of the prompt is cached.
+    """
 
     request_id: int
     prompt_token_ids: list[int]
@@ -36,6 +40,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     tenant: str = ""
     cache_salt: str = ""
     arrival: int = 0
+    dry_run: bool = False
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -102,6 +107,7 @@ class Delta(msgspec.Struct, frozen=True):
     stop_token_id: int | None = None
     error: str | None = None
     first: FirstToken | None = None
+    details: Details | None = None
 
 
 class StepStats(msgspec.Struct, frozen=True):

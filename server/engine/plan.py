@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from server.engine.request import FinishReason, Request
+from server.engine.scores import Details
 
 # PlannedRequest, RowResult and RequestOutput are made for every row of every step and never changed. They are not
 # declared frozen because then making one takes three times as long, which is felt with 64 streams.
@@ -55,11 +56,13 @@ class RowResult:
 
     token_ids  tokens drawn: none if the plan said so or on an error; one today; several with speculative decoding
     error      why this request cannot go on (a NaN in its row), or None
+    details    what else it has asked for
     """
 
     request_id: int
     token_ids: tuple[int, ...]
     error: str | None = None
+    details: Details | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class RequestOutput:
 
     stop_token_id  the token that ended it, when finish_reason is STOP (it is the last of token_ids)
     error          for the log, when finish_reason is ERROR
+    details        of these tokens, and of the prompt
     """
 
     request: Request
@@ -108,6 +112,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    details: Details | None = None
 
 
 @dataclass(slots=True)

@@ -306,7 +306,11 @@ def _submit(connection: Connection, core: EngineCore, submit: Submit) -> None:
         arrival=submit.arrival,
     )
     try:
-        core.add(request)
+        if submit.dry_run:
+            first = FirstToken(core.cached_tokens(request), 0.0, 0.0)
+            connection.send(StepOutput([Delta(submit.request_id, [], FinishReason.STOP, first=first)]))
+        else:
+            core.add(request)
     except AdmissionError as error:
         refused = Delta(submit.request_id, [], FinishReason.ERROR, error=str(error))
         connection.send(StepOutput([refused]))
@@ -332,6 +336,7 @@ def _step_output(core: EngineCore, outcome: StepOutcome, fallbacks: dict[str, in
                 output.stop_token_id,
                 output.error,
                 first,
+                output.details,
             )
         )
     gauges = _gauges(core)
@@ -364,4 +369,9 @@ def _gauges(core: EngineCore) -> Gauges:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    exit_code = main(int(sys.argv[1]))
+    # Without the interpreter's own end: the heart may beat in the middle of it, and libraries with threads and state of
+    # their own were seen to abort there.
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(exit_code)

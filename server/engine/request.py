@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, Protocol
 
 
 class FinishReason(StrEnum):
@@ -25,6 +27,15 @@ class SamplingParams:
     unsigned integer. `logit_bias` pairs a token id with what is added to its logit. `stop_token_ids` end the choice
     like the model's own end-of-sequence tokens, which `ignore_eos` disables; no stop is honoured before
     `min_new_tokens` tokens: until then, ending tokens cannot be drawn.
+
+    allowed_token_ids    the only ones that may be drawn; empty: all
+    bad_words            sequences of tokens that the output must not contain: the last token of one cannot be drawn
+                         after the others. Where nothing else is left to draw, they yield
+    grammar              what the output must be, in the words of server/engine/grammar.py; "": anything. Where it and
+                         min_new_tokens or bad_words leave nothing to draw, the grammar wins
+    num_logprobs         also the log-probability of each token, and those of so many alternatives; None: none
+    num_prompt_logprobs  likewise of the prompt's tokens, for choice 0
+    explain              so many candidates of each draw; None: none
     """
 
     max_new_tokens: int
@@ -41,11 +52,47 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: str = ""
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    explain: int | None = None
+
+    @property
+    def wants_details(self) -> bool:
+        """Whether anything beside tokens is asked for."""
+        return self.num_logprobs is not None or self.explain is not None or self.num_prompt_logprobs is not None
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether what may be drawn depends on which tokens were drawn before: the host must know them by then."""
+        return bool(self.grammar) or any(len(word) > 1 for word in self.bad_words)
+
+    def banned_after(self, output_token_ids: Sequence[int]) -> set[int]:
+        """Tokens that would complete one of `bad_words` after this output."""
+        banned = set()
+        for word in self.bad_words:
+            before = len(word) - 1
+            if (
+                len(output_token_ids) >= before
+                and tuple(output_token_ids[len(output_token_ids) - before :]) == word[:-1]
+            ):
+                banned.add(word[-1])
+        return banned
 
     @property
     def has_penalties(self) -> bool:
         """Whether the tokens so far change the next token's logits."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class TokenMatcher(Protocol):
+    """Knows what a grammar lets follow an output (`server.engine.grammar.Matcher`)."""
+
+    def mask(self, output_token_ids: Sequence[int]) -> Any:
+        """uint32 words with a bit for each token that may come next. Raises where there is none."""
+        ...
 
 
 class RequestStatus(StrEnum):
@@ -72,6 +119,7 @@ class Request:
                          flight included
     num_inflight_samples tokens that steps in flight will draw: known to exist, not yet known
     num_cached_tokens    prompt tokens taken from the prefix cache when it was first scheduled
+    matcher              of its grammar, made when it is added
     computed_high_water  highest num_computed_tokens ever reached: positions below it that are computed again count as
                          recomputed
     """
@@ -93,6 +141,16 @@ class Request:
     num_cached_tokens: int | None = None
     computed_high_water: int = 0
     num_preemptions: int = 0
+    matcher: TokenMatcher | None = None
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still to be found out: those positions must be computed."""
+        return (
+            self.params.num_prompt_logprobs is not None
+            and self.choice == 0
+            and self.computed_high_water < len(self.prompt_token_ids) - 1
+        )
 
     def __post_init__(self) -> None:
         # A request that comes back after a crash had every token but its last one in a cache once.

@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.ops import AttentionPlan, KVCache, Ops
 from models.layers import DecoderModel
 from server.engine.batch import build_batch
+from server.engine.details import launch_details
 from server.engine.plan import RowResult, StepPlan, StepResult
 
 NOT_FINITE = "the model produced a number that is not finite"
@@ -72,15 +73,21 @@ class Runner:
         finite_tokens = torch.isfinite(hidden).all(dim=-1).tolist()
         tokens: list[int] = []
         finite_rows: list[bool] = []
+        logits = token_ids = None
         if batch.sampling is not None:
             rows = hidden if len(batch.sample_rows) == hidden.shape[0] else hidden[batch.sample_rows]
-            sampled = self.ops.sample(self.model.logits(rows), batch.sampling)
-            tokens = sampled.token_ids.tolist()
+            logits = self.model.logits(rows)
+            sampled = self.ops.sample(logits, batch.sampling)
+            token_ids, tokens = sampled.token_ids, sampled.token_ids.tolist()
             finite_rows = sampled.finite.tolist()
+        asked = launch_details(
+            plan, batch.sampling, model=self.model, ops=self.ops, hidden=hidden, logits=logits, token_ids=token_ids
+        )
+        details = asked.read(tokens) if asked is not None else {}
 
         results: list[RowResult] = []
         row = 0
-        for planned, last in zip(plan.requests, batch.last_tokens, strict=True):
+        for place, (planned, last) in enumerate(zip(plan.requests, batch.last_tokens, strict=True)):
             finite = all(finite_tokens[last + 1 - planned.num_new_tokens : last + 1])
             drawn: tuple[int, ...] = ()
             if planned.samples:
@@ -88,5 +95,8 @@ class Runner:
                 drawn = (tokens[row],)
                 row += 1
             request_id = planned.request.request_id
-            results.append(RowResult(request_id, drawn) if finite else RowResult(request_id, (), NOT_FINITE))
+            if finite:
+                results.append(RowResult(request_id, drawn, details=details.get(place)))
+            else:
+                results.append(RowResult(request_id, (), NOT_FINITE))
         return StepResult(plan.step_id, tuple(results))

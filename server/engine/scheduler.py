@@ -138,6 +138,10 @@ class Scheduler:
         self._preempt(entry)
         return True
 
+    def cached_tokens(self, request: Request) -> int:
+        """How many of a request's tokens lie in published blocks now. The request is not added."""
+        return len(self._find_prefix(Entry(request, (0, 0, 0), 0))) * self.config.block_size
+
     # ---- planning a step ----
 
     def schedule(self, only: int | None = None) -> StepPlan | None:
@@ -163,6 +167,8 @@ class Scheduler:
             num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
             if num_tokens >= entry.limit:
                 continue  # the token in flight is its last one
+            if request.num_inflight_samples and request.params.needs_last_token:
+                continue  # what it may draw next depends on the token in flight
             is_stream = num_tokens - num_computed == 1
             if is_stream:
                 streaming = True
@@ -310,7 +316,10 @@ class Scheduler:
             if row.token_ids:
                 output = self._take_tokens(entry, row.token_ids)
                 counters.pipeline_discarded_tokens += len(row.token_ids) - len(output.token_ids)
+                output.details = row.details
                 outputs.append(output)
+            elif row.details is not None:
+                outputs.append(RequestOutput(request, (), details=row.details))
         self._land(flight)
         return outputs
 
@@ -320,7 +329,8 @@ class Scheduler:
         for num_taken, token_id in enumerate(token_ids, start=1):
             request.output_token_ids.append(token_id)
             ends = token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos)
-            if ends and len(request.output_token_ids) > params.min_new_tokens:
+            # Before the minimum an end can only be drawn where a grammar allows nothing else.
+            if ends and (params.grammar or len(request.output_token_ids) > params.min_new_tokens):
                 self._finish(entry)
                 return RequestOutput(request, token_ids[:num_taken], FinishReason.STOP, stop_token_id=token_id)
             if request.num_known_tokens >= entry.limit:
@@ -384,7 +394,7 @@ class Scheduler:
     def _find_prefix(self, entry: Entry) -> list[int]:
         """Published blocks with the request's first tokens. At least one token is left over: its logits are needed."""
         found: list[int] = []
-        if self.config.prefix_caching:
+        if self.config.prefix_caching and not entry.request.wants_prompt_scores:
             for index in range((entry.request.num_known_tokens - 1) // self.config.block_size):
                 block_id = self.pool.find(self._key(entry, index))
                 if block_id is None:
@@ -399,7 +409,7 @@ class Scheduler:
         system prompt, follow the first of them. The wait is as long as the other's way to that block.
         """
         end = (index + 1) * self.config.block_size
-        if not self.config.prefix_caching or end >= entry.request.num_known_tokens:
+        if not self.config.prefix_caching or end >= entry.request.num_known_tokens or entry.request.wants_prompt_scores:
             return False
         return any(
             other.num_confirmed < end <= other.request.num_known_tokens

@@ -14,6 +14,7 @@ from server.generation import Problem, Refusal
 STATUS = {
     "invalid_request": 400,
     "context_length_exceeded": 400,
+    "unsupported_grammar": 400,
     "unauthorized": 401,
     "forbidden": 403,
     "not_found": 404,
@@ -30,13 +31,14 @@ STATUS = {
     "loading": 503,
     "draining": 503,
     "engine_restarting": 503,
+    "deadline": 504,
 }
 INTERNAL_MESSAGE = "An internal error occurred. The server's log has the cause under this request's X-Request-Id."
 
 # When the one who refuses does not know better: seconds after which a retry is worth making.
 _DEFAULT_RETRY_AFTER = {"queue_full": 1, "loading": 2, "draining": 5, "engine_restarting": 2}
 _MAX_VALUE_CHARS = 64
-_MAX_DETAILS = 32
+_MAX_DETAILS = 64
 
 _encode = msgspec.json.Encoder().encode
 
@@ -107,8 +109,8 @@ def error_response(
     wait = retry_after if retry_after is not None else _DEFAULT_RETRY_AFTER.get(code)
     if wait is not None:
         sent["retry-after"] = str(max(1, wait))
-    if code == "unsupported":
-        # OpenAI's clients try every 5xx again; this one stays what it is.
+    if code in ("unsupported", "deadline"):
+        # OpenAI's clients try every 5xx again; these stay what they are: the time is over, too.
         sent["x-should-retry"] = "false"
     return Response(error_body(code, problems), STATUS[code], sent, "application/json")
 

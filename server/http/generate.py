@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -18,9 +18,11 @@ from server.engine.request import FinishReason
 from server.generation import (
     ChoiceFinished,
     Completed,
+    DryRun,
     Event,
     GenerationRequest,
     Problem,
+    PromptLogprobs,
     Refusal,
     Started,
     TextDelta,
@@ -29,7 +31,7 @@ from server.http.auth import sign
 from server.http.errors import HttpError, error_response, internal_problem, refusal_response
 from server.http.limits import Limits, parse_json_object, read_body
 from server.http.schemas import parse_generate
-from server.http.sse import KEEP_ALIVE, AnswerBuilder, EventWriter
+from server.http.sse import KEEP_ALIVE, AnswerBuilder, EventWriter, Show, dry_run_body
 
 logger = logging.getLogger("stet.http")
 
@@ -51,6 +53,8 @@ class Generator(Protocol):
 
     def generate(self, request: GenerationRequest, endpoint: str = "/generate") -> AsyncIterator[Event]: ...
 
+    async def dry_run(self, request: GenerationRequest, endpoint: str = "/generate") -> DryRun: ...
+
 
 class StreamWriter(Protocol):
     """One request's events as the bytes of a stream. Empty bytes are not sent."""
@@ -58,6 +62,8 @@ class StreamWriter(Protocol):
     def started(self, event: Started) -> bytes: ...
 
     def delta(self, event: TextDelta) -> bytes: ...
+
+    def prompt(self, event: PromptLogprobs) -> bytes: ...
 
     def finished(self, event: ChoiceFinished) -> bytes: ...
 
@@ -70,6 +76,8 @@ class AnswerWriter(Protocol):
     """One request's events as one JSON body."""
 
     def delta(self, event: TextDelta) -> None: ...
+
+    def prompt(self, event: PromptLogprobs) -> None: ...
 
     def finished(self, event: ChoiceFinished) -> None: ...
 
@@ -84,6 +92,7 @@ class Call:
     num_outputs   choices of all prompts
     events        starts it: the events of the service, or of several requests as one
     respell       a problem of the service in the words of this dialect
+    dry_run       the body of the answer instead, where nothing is to be generated
     """
 
     endpoint: str
@@ -93,6 +102,7 @@ class Call:
     writer: Callable[[], StreamWriter]
     builder: Callable[[], AnswerWriter]
     respell: Callable[[Problem], Problem] = lambda problem: problem
+    dry_run: Callable[[], Awaitable[bytes]] | None = None
 
 
 async def read_object(request: Request, limits: Limits) -> dict[str, Any]:
@@ -115,9 +125,21 @@ async def read_generate(request: Request, service: Generator, limits: Limits) ->
         parsed.stream,
         wanted.n,
         lambda: service.generate(wanted),
-        lambda: EventWriter(wanted.return_token_ids, wanted.request_id),
-        lambda: AnswerBuilder(wanted.return_token_ids),
+        lambda: EventWriter(Show.of(wanted), wanted.request_id),
+        lambda: AnswerBuilder(Show.of(wanted)),
+        dry_run=dry_run_of(service, wanted) if parsed.dry_run else None,
     )
+
+
+def dry_run_of(
+    service: Generator, request: GenerationRequest, endpoint: str = "/generate"
+) -> Callable[[], Awaitable[bytes]]:
+    """What answers instead of a generation."""
+
+    async def answer() -> bytes:
+        return dry_run_body(await service.dry_run(request, endpoint), request.return_token_ids)
+
+    return answer
 
 
 def is_large(sent: Mapping[str, Any]) -> bool:
@@ -160,6 +182,8 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         write = self._write_stream if self._call.stream else self._write_answer
+        if self._call.dry_run is not None:
+            write = self._write_dry_run
         work = asyncio.create_task(write(scope, receive, send))
         # The body has been read, so the next message is the end of the connection (or of our answer).
         gone = asyncio.create_task(_until_disconnect(receive))
@@ -189,6 +213,8 @@ class GenerationResponse(Response):
                         case Started():
                             started = event
                             self._fields["id"] = event.id
+                        case PromptLogprobs():
+                            builder.prompt(event)
                         case ChoiceFinished():
                             builder.finished(event)
                             self._note_finish(event)
@@ -205,6 +231,17 @@ class GenerationResponse(Response):
         if response is None:
             # Nothing has been sent, so a failure in the middle can still be a status instead of half a text.
             response = error_response("internal", [Problem(None, failure) if failure else internal_problem()])
+        await response(scope, receive, send)
+
+    async def _write_dry_run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._call.dry_run is None:
+            raise RuntimeError("nobody asked for a dry run")
+        self._fields["dry_run"] = True
+        try:
+            response = Response(await self._call.dry_run(), media_type="application/json")
+        except Refusal as refusal:
+            self._fields["outcome"] = refusal.code
+            response = refusal_response(self._respelled(refusal))
         await response(scope, receive, send)
 
     async def _write_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -229,6 +266,10 @@ class GenerationResponse(Response):
                                 await wire.write(data)
                             else:
                                 await wire.start()
+                        case PromptLogprobs():
+                            data = writer.prompt(event)
+                            if data:
+                                await wire.write(data)
                         case ChoiceFinished():
                             self._note_finish(event)
                             if event.finish_reason is FinishReason.ERROR:

@@ -17,8 +17,8 @@ from pydantic import (
     StringConstraints,
 )
 
-from server.generation import GenerationRequest, Problem
-from server.http.fields import Words, allowed_of, check, must_be, not_yet, parameter, short, unknown_names
+from server.generation import GenerationRequest, GrammarKind, Problem
+from server.http.fields import Words, allowed_of, check, must_be, parameter, short, unknown_names
 
 MAX_MESSAGES = 1024
 MAX_SEED = 2**63 - 1
@@ -30,6 +30,8 @@ ROLES = ("system", "user", "assistant", "tool")
 
 # They are looked for by an automaton whose making takes a microsecond a character, while everyone waits.
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+_NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+_BadWord = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -118,10 +120,50 @@ class GenerateBody(BaseModel):
     )
     ignore_eos: bool | None = parameter("true or false", shown="false")
 
+    logprobs: int | None = parameter(
+        "an integer from 0 to 20",
+        "that many alternatives beside each token, all with the model's own log-probability",
+        ge=0,
+        le=20,
+    )
+    prompt_logprobs: int | None = parameter("an integer from 0 to 20", "the same of the prompt's tokens", ge=0, le=20)
+    allowed_token_ids: list[_TokenId] | None = parameter(
+        "one or more token ids in the vocabulary", "no others are drawn", min_length=1, fail_fast=True
+    )
+    bad_words: list[_BadWord] | None = parameter(
+        "up to 64 strings of 1 to 256 characters",
+        "their tokens, as at the begin of a text or after a space, are not drawn in a row",
+        max_length=64,
+        fail_fast=True,
+    )
+    explain: int | None = parameter(
+        "an integer from 1 to 20", "that many candidates of each draw, and what became of them", ge=1, le=20
+    )
+
+    json_schema: dict[str, Any] | None = parameter(
+        "an object: a JSON schema", "the text is JSON that it accepts; at most one of these four"
+    )
+    regex: str | None = parameter(
+        "1 to 65536 characters", "a regular expression that the whole text matches", min_length=1, max_length=65536
+    )
+    grammar: str | None = parameter(
+        "1 to 65536 characters", "a Lark grammar that the whole text matches", min_length=1, max_length=65536
+    )
+    choice: list[_NonEmpty] | None = parameter(
+        "1 to 1024 non-empty strings", "the text is one of them", min_length=1, max_length=1024, fail_fast=True
+    )
+
     stream: bool | None = parameter("true or false", "server-sent events instead of one answer", shown="false")
+    echo: bool | None = parameter("true or false", "puts the prompt's text in front", shown="false")
     return_token_ids: bool | None = parameter("true or false", shown="false")
     skip_special_tokens: bool | None = parameter("true or false", "leaves them out of the text", shown="true")
     add_special_tokens: bool | None = parameter("true or false", "to a `prompt`", shown="true")
+    truncate_prompt_tokens: int | None = parameter(
+        "an integer from 1",
+        "keeps that many tokens of the prompt, the last ones; nothing is truncated unasked",
+        ge=1,
+        lt=2**31,
+    )
     priority: int | None = parameter(
         "an integer from −100 to 0, with the role admin to 100",
         "higher first within one API key; aged by waiting, so that none starves",
@@ -138,34 +180,27 @@ class GenerateBody(BaseModel):
     cache_salt: str | None = parameter(
         "up to 256 characters", "shares cached prefixes only with itself", max_length=256
     )
+    deadline_ms: int | None = parameter(
+        "an integer from 100 to 3600000", "milliseconds from arrival", ge=100, le=3_600_000
+    )
+    dry_run: bool | None = parameter(
+        "true or false", "says what the request would be, and generates nothing", shown="false"
+    )
 
-
-# Parameters that the wire contract names and this version does not carry out, with the one value that asks for nothing.
-UNSUPPORTED: Mapping[str, Any] = {
-    "logprobs": None,
-    "prompt_logprobs": None,
-    "allowed_token_ids": None,
-    "bad_words": None,
-    "json_schema": None,
-    "regex": None,
-    "grammar": None,
-    "choice": None,
-    "echo": False,
-    "truncate_prompt_tokens": None,
-    "deadline_ms": None,
-    "explain": None,
-    "dry_run": False,
-}
 
 WORDS = Words(
     items={
         "prompt_token_ids": "a token id: an integer from 0",
         "stop_token_ids": "a token id: an integer from 0",
         "stop": "a string of 1 to 256 characters",
+        "allowed_token_ids": "a token id: an integer from 0",
+        "choice": "a non-empty string",
+        "bad_words": "a string of 1 to 256 characters",
         "messages": "an object with `role` and `content`",
     },
     members={"messages": {"role": f"one of {', '.join(ROLES)}", "content": "a string"}},
 )
+GRAMMARS: tuple[GrammarKind, ...] = ("json_schema", "regex", "grammar", "choice")
 _PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
 
@@ -175,27 +210,33 @@ class ParsedBody:
     request      with the invalid parameters left at their defaults, so that further checks can run on the others
     stream       whether an event stream was asked for
     problems     invalid parameters
+    dry_run      whether it is only to be told what it would be
     unsupported  valid wishes that this version does not carry out
     """
 
-    __slots__ = ("problems", "request", "stream", "unsupported")
+    __slots__ = ("dry_run", "problems", "request", "stream", "unsupported")
 
     def __init__(
-        self, request: GenerationRequest, stream: bool, problems: list[Problem], unsupported: list[Problem]
+        self,
+        request: GenerationRequest,
+        stream: bool,
+        problems: list[Problem],
+        unsupported: list[Problem],
+        dry_run: bool = False,
     ) -> None:
         self.request = request
         self.stream = stream
+        self.dry_run = dry_run
         self.problems = problems
         self.unsupported = unsupported
 
 
 def parse_generate(body: Mapping[str, Any]) -> ParsedBody:
     """Check a JSON object against the parameters. Never raises for what a client may send."""
-    unknown = unknown_names(body, [*GenerateBody.model_fields, *UNSUPPORTED])
+    unknown = unknown_names(body, list(GenerateBody.model_fields))
     parsed = parse_parameters(body)
     parsed.problems[:0] = unknown
     parsed.problems += _check_prompts(body)
-    parsed.unsupported += not_yet(body, UNSUPPORTED)
     return parsed
 
 
@@ -205,7 +246,7 @@ def parse_parameters(body: Mapping[str, Any]) -> ParsedBody:
     valid = checked.valid
     bias, bias_problems = _read_bias(valid.logit_bias or {})
     problems = checked.problems + bias_problems + _check_together(valid)
-    return ParsedBody(_request(valid, bias), bool(valid.stream), problems, [])
+    return ParsedBody(_request(valid, bias), bool(valid.stream), problems, [], bool(valid.dry_run))
 
 
 def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
@@ -231,6 +272,15 @@ def _request(body: GenerateBody, bias: dict[int, float]) -> GenerationRequest:
         include_stop=bool(body.include_stop),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
+        allowed_token_ids=tuple(body.allowed_token_ids or ()),
+        bad_words=tuple(body.bad_words or ()),
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        explain=body.explain,
+        grammar=next(((kind, getattr(body, kind)) for kind in GRAMMARS if getattr(body, kind) is not None), None),
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
+        deadline_ms=body.deadline_ms,
+        echo=bool(body.echo),
         return_token_ids=bool(body.return_token_ids),
         skip_special_tokens=body.skip_special_tokens is not False,
         add_special_tokens=body.add_special_tokens is not False,
@@ -259,6 +309,12 @@ def _check_together(valid: GenerateBody) -> list[Problem]:
     if valid.temperature is not None and valid.do_sample is not None and valid.do_sample == (valid.temperature == 0):
         text = "do_sample contradicts temperature: false is temperature 0, true is a temperature above 0."
         problems.append(Problem("do_sample", text, valid.do_sample, "give one of the two"))
+    given = [kind for kind in GRAMMARS if getattr(valid, kind) is not None]
+    if len(given) > 1:
+        text = f"Only one of {', '.join(GRAMMARS)} may be given, not {' and '.join(given)}."
+        problems.append(Problem(given[1], text, allowed="leave it out"))
+    if valid.dry_run and valid.stream:
+        problems.append(Problem("dry_run", "dry_run is answered at once: stream must be false.", True, "false"))
     if valid.request_id is not None and not valid.request_id.isprintable():
         problems.append(must_be("request_id", valid.request_id, allowed_of(GenerateBody.model_fields["request_id"])))
     return problems

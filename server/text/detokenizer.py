@@ -207,10 +207,7 @@ def detokenizer_factory(tokenizer: Tokenizer, decoder: dict[str, Any] | None) ->
         alphabet = byte_level_alphabet()
 
         def to_bytes(token: str) -> bytes:
-            try:
-                return bytes([alphabet[character] for character in token])
-            except KeyError:
-                return token.encode("utf-8")
+            return _byte_level_bytes(token, alphabet)
 
         bytes_of = {skip: tables.cached(skip, to_bytes, b"") for skip in (False, True)}
         return lambda skip, continues: ByteLevelDetokenizer(bytes_of[skip])
@@ -241,3 +238,47 @@ def detokenizer_factory(tokenizer: Tokenizer, decoder: dict[str, Any] | None) ->
             )
 
     return lambda skip, continues: WindowDetokenizer(tokenizer, skip)
+
+
+def _byte_level_bytes(token: str, alphabet: dict[str, int]) -> bytes:
+    try:
+        return bytes([alphabet[character] for character in token])
+    except KeyError:
+        return token.encode("utf-8")
+
+
+def token_bytes_of(tokenizer: Tokenizer, decoder: dict[str, Any] | None) -> Callable[[int], bytes]:
+    """A function from a token's id to the bytes that it stands for in the middle of a text; of unknown ids b"".
+
+    Exact where one token's bytes depend on no other: byte level, and byte fallback. Elsewhere it is what the token
+    decodes to behind another one.
+    """
+    steps = decoder.get("decoders", []) if decoder and decoder.get("type") == "Sequence" else [decoder or {}]
+    kinds = [step.get("type") for step in steps]
+    alphabet = byte_level_alphabet()
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+
+    def convert(token: str) -> bytes:
+        if kinds == ["ByteLevel"]:
+            return _byte_level_bytes(token, alphabet)
+        byte = _BYTE_TOKEN.match(token) if "ByteFallback" in kinds else None
+        if byte is not None:
+            return bytes([int(byte[1], 16)])
+        for step in steps:
+            if step.get("type") == "Replace" and "String" in step.get("pattern", {}):
+                token = token.replace(step["pattern"]["String"], step["content"])
+            elif step.get("type") == "Metaspace":
+                token = token.replace(str(step.get("replacement", "▁")), " ")
+        return token.encode("utf-8")
+
+    class Table(dict[int, bytes]):
+        def __missing__(self, token_id: int) -> bytes:
+            if token_id in added:
+                value = added[token_id].encode("utf-8")
+            else:
+                token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
+                value = b"" if token is None else convert(token)
+            self[token_id] = value
+            return value
+
+    return Table().__getitem__

@@ -8,6 +8,7 @@ what a model is trained on and means nothing here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -75,13 +76,18 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateError(f"the model's chat template does not compile: {_one_line(error)}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The prompt's text. Raises TemplateError."""
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=[dict(tool) for tool in tools] if tools else None,
                 documents=None,
                 **self._special_tokens,
             )
@@ -123,7 +129,7 @@ def message_problems(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, s
 
 
 def flatten(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages with their contents as strings: text parts joined. Templates expect strings."""
+    """Messages as templates expect them: contents as strings, text parts joined; arguments of calls as objects."""
     flat: list[dict[str, Any]] = []
     for message in messages:
         copy = dict(message)
@@ -132,5 +138,17 @@ def flatten(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             copy["content"] = "".join(part["text"] for part in content)
         elif content is None:
             copy["content"] = ""
+        if copy.get("tool_calls"):
+            copy["tool_calls"] = [_with_arguments(call) for call in copy["tool_calls"]]
         flat.append(copy)
     return flat
+
+
+def _with_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A call whose arguments are an object, as OpenAI's wire has them in JSON."""
+    function = dict(call.get("function", {}))
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):
+            function["arguments"] = json.loads(arguments)
+    return {**call, "function": function}

@@ -15,8 +15,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from server.text.detokenizer import Detokenizer, detokenizer_factory
+from server.text.detokenizer import Detokenizer, detokenizer_factory, token_bytes_of
 from server.text.template import ChatTemplate, TemplateError, flatten
+from server.text.tools import tool_format
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "typical_p", "repetition_penalty")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -30,6 +31,8 @@ class ModelText:
     """Text to ids and back, for one model. Immutable after `load`; every method may be called from several threads.
 
     generation_defaults  what the model's generation_config.json says of the parameters that change sampling
+    tool_format          how the model writes calls, None where its template knows no tools
+    thinks               whether it may reason between <think> and </think> before it answers
     vocab_size           ids that the tokenizer knows, added tokens included; the model may have padded rows beyond
     """
 
@@ -46,7 +49,9 @@ class ModelText:
         spec = _object("tokenizer.json", tokenizer_json)
         self._tokenizer = _tokenizer(tokenizer_json)
         self._plain, self._plain_inner = _plain_tokenizers(tokenizer_json, spec)
-        self._detokenizers = detokenizer_factory(self._tokenizer, spec.get("decoder"))
+        decoder = spec.get("decoder")
+        self._detokenizers = detokenizer_factory(self._tokenizer, decoder)
+        self._token_bytes = token_bytes_of(self._tokenizer, decoder)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
         # Longest first: the alternatives of a pattern are tried in order.
@@ -55,6 +60,8 @@ class ModelText:
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.generation_defaults = dict(generation_defaults or {})
         self.template: ChatTemplate | None = None
+        self.tool_format = tool_format(template or "")
+        self.thinks = "<think>" in (template or "")
         if template is not None:
             try:
                 self.template = ChatTemplate(template, _special_tokens(config))
@@ -85,18 +92,21 @@ class ModelText:
         """The ids of a plain prompt. `add_special_tokens` puts a beginning token in front where the model has one."""
         return _ids(self._tokenizer, text, add_special_tokens)
 
-    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_messages(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
         """The ids of a conversation, up to where the assistant's answer begins. Raises TemplateError.
 
-        Equal to tokenizing the rendered template at once, except that special tokens inside the messages stay text.
+        Equal to tokenizing the rendered template at once, except that special tokens inside the messages, and what is
+        said of tools, stay text.
         """
         if self.template is None:
             raise TemplateError("the model has no chat template")
         flat = flatten(messages)
-        if self._pattern is None or not any(self._pattern.search(text) for text in _texts(flat)):
-            return self.encode(self.template.render(flat), add_special_tokens=False)
-        mask = _Mask(flat, self._pattern)
-        return self._encode_masked(self.template.render(mask.messages), mask, self._pattern)
+        if self._pattern is None or not any(self._pattern.search(text) for text in _texts([flat, tools])):
+            return self.encode(self.template.render(flat, tools=tools), add_special_tokens=False)
+        mask = _Mask(flat, tools, self._pattern)
+        return self._encode_masked(self.template.render(mask.messages, tools=mask.tools), mask, self._pattern)
 
     def _encode_masked(self, rendered: str, mask: _Mask, pattern: re.Pattern[str]) -> list[int]:
         ids: list[int] = []
@@ -123,6 +133,10 @@ class ModelText:
         text: str = self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token in the middle of a text; of one outside the vocabulary none."""
+        return self._token_bytes(token_id)
+
     def detokenizer(self, skip_special_tokens: bool = True, continues: bool = False) -> Detokenizer:
         """A fresh incremental decoder. `continues`: text precedes, so a first leading space is part of the text."""
         return self._detokenizers(skip_special_tokens, continues)
@@ -140,13 +154,16 @@ class _Mask:
     `restore` puts them back. Roles are not user text: they come from a fixed list.
     """
 
-    def __init__(self, messages: Sequence[Mapping[str, Any]], special: re.Pattern[str]) -> None:
-        used: set[str] = set().union(*_texts(messages))
+    def __init__(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], special: re.Pattern[str]
+    ) -> None:
+        used: set[str] = set().union(*_texts([messages, tools]))
         # Two planes of code points that no template strips, changes or escapes; those in the messages stay theirs.
         self._unused = (chr(point) for point in range(0xF0000, 0x10FFFE) if chr(point) not in used)
         self._stand_ins: dict[str, str] = {}
         self._special = special
         self.messages: list[dict[str, Any]] = [self._masked(message) for message in messages]
+        self.tools: list[dict[str, Any]] = [self._masked(tool) for tool in tools]
 
     def restore(self, text: str) -> str:
         for literal, stand_in in self._stand_ins.items():

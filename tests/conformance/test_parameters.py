@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from server.http.schemas import UNSUPPORTED, GenerateBody
+from server.http.schemas import GenerateBody
 from tests.conformance.conftest import CONTEXT
 from tests.server.http.launch import VOCABULARY, Launched
 
@@ -93,31 +92,35 @@ TABLE: dict[str, tuple[list[Any], list[Any]]] = {
         [[VOCABULARY], [-1], [1] * 65, [1.0], [True], ["1"], 1, "1", {}],
     ),
     "ignore_eos": ([True, False], BOOLS),
+    "logprobs": ([0, 20], [-1, 21, *INTEGERS]),
+    "prompt_logprobs": ([0, 20], [-1, 21, *INTEGERS]),
+    "allowed_token_ids": (
+        [[0], [LAST] * 64],
+        [[], [VOCABULARY], [-1], [1.0], [True], ["1"], 1, "1", {}],
+    ),
+    "bad_words": ([[], ["x"], ["é 🦊", " ", "x" * 256] * 21], ["", [""], ["x" * 257], ["x"] * 65, [1], 1, True, {}]),
+    "explain": ([1, 20], [0, -1, 21, *INTEGERS]),
+    "json_schema": (
+        [{}, {"type": "object", "properties": {"a": {"type": "integer"}}}],
+        [[], {"type": "nothing"}, {"$ref": "#/x"}, "{}", 1, True],
+    ),
+    "regex": (["x", "[0-9]{2,4}"], ["", "(", "x" * 65_537, 1, True, []]),
+    "grammar": (['start: "x"'], ["", "((", "start: nowhere", 1, True, []]),
+    "choice": ([["a", "b"], ["é 🦊"]], [[], [""], ["a", 1], ["x"] * 1025, "a", 1, {}]),
     "stream": ([True, False], BOOLS),
+    "echo": ([True, False], BOOLS),
     "return_token_ids": ([True, False], BOOLS),
     "skip_special_tokens": ([True, False], BOOLS),
     "add_special_tokens": ([True, False], BOOLS),
+    "truncate_prompt_tokens": ([1, 2**31 - 1], [0, -1, 2**31, *INTEGERS]),
     "priority": ([-100, 0], [-101, 1, 100, 101, *INTEGERS]),
     "request_id": (
         ["x", "é-🦊", "x" * 128],
         ["", "x" * 129, "a\nb", "a\u0000", "\u202e", "\u2028", "\x7f", 1, True, []],
     ),
     "cache_salt": (["", "x" * 256, "a\nb"], ["x" * 257, 1, True, []]),
-}
-OTHERS: dict[str, list[Any]] = {
-    "logprobs": [0, 5, False],
-    "prompt_logprobs": [0],
-    "allowed_token_ids": [[1], []],
-    "bad_words": [["x"], []],
-    "json_schema": [{}, {"type": "object"}],
-    "regex": ["x", ""],
-    "grammar": ["x"],
-    "choice": [["a", "b"], []],
-    "echo": [True, 0],
-    "truncate_prompt_tokens": [5, 0],
-    "deadline_ms": [1000, 0],
-    "explain": [3, False],
-    "dry_run": [True, 0],
+    "deadline_ms": ([3_600_000, 20_000], [99, 0, -1, 3_600_001, *INTEGERS]),
+    "dry_run": ([True, False], BOOLS),
 }
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 
@@ -166,18 +169,28 @@ def test_null_is_left_out(server: Launched, name: str) -> None:
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_not_supported_yet(server: Launched, name: str) -> None:
-    assert server.generate(**body(name, UNSUPPORTED[name])).status_code == 200
-    assert server.generate(**body(name, None)).status_code == 200
-    for value in OTHERS[name]:
-        answer = server.generate(**body(name, value))
-        assert answer.status_code == 501, answer.text
-        error = answer.json()["error"]
-        assert (error["code"], error["param"]) == ("unsupported", name)
-        both = server.generate(**body(name, value), temperature=3)
-        assert both.status_code == 400
-        assert {item["param"] for item in both.json()["error"]["details"]} == {name, "temperature"}
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("json_schema", {"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ("json_schema", {"not": {}, "x-guidance": {"lenient": True}}, "not"),
+        ("regex", "a(?=b)", "look-around"),
+    ],
+)
+def test_grammars_that_are_not_supported_are_named(server: Launched, name: str, value: Any, said: str) -> None:
+    answer = server.generate(**body(name, value))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (400, "unsupported_grammar", name)
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stop", ["x"]), ("stop_token_ids", [5]), ("ignore_eos", True), ("allowed_token_ids", [5]), ("choice", ["x"])],
+)
+def test_what_contradicts_a_grammar_is_refused(server: Launched, name: str, value: Any) -> None:
+    answer = server.generate(prompt="x", regex="x", **{name: value})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, name)
 
 
 def test_exactly_one_prompt(server: Launched) -> None:
@@ -258,7 +271,6 @@ def test_max_new_tokens_defaults_to_the_room(server: Launched) -> None:
 
 def test_this_file_knows_every_parameter() -> None:
     assert set(TABLE) == set(GenerateBody.model_fields)
-    assert set(OTHERS) == set(UNSUPPORTED)
 
 
 def test_the_page_says_what_the_code_does() -> None:
@@ -268,8 +280,6 @@ def test_the_page_says_what_the_code_does() -> None:
         assert isinstance(extra, dict)
         note = f"; {extra['note']}" if extra["note"] else ""
         assert f"\n| `{name}` | {extra['allowed']}{note} | {extra['shown']} |\n" in text
-    for name, value in UNSUPPORTED.items():
-        assert f"\n| `{name}` | {json.dumps(value)} |\n" in text
     section = text[text.index("## `POST /generate`") : text.index("### Answer")]
     rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
-    assert rows == [*GenerateBody.model_fields, *UNSUPPORTED]
+    assert rows == list(GenerateBody.model_fields)

@@ -96,7 +96,8 @@ def test_the_page_explains_every_sampling_parameter() -> None:
     text = PAGE.read_text()
     others = {
         *("prompt", "prompt_token_ids", "messages", "stream", "return_token_ids", "skip_special_tokens"),
-        *("add_special_tokens", "priority", "request_id", "cache_salt"),
+        *("add_special_tokens", "priority", "request_id", "cache_salt", "echo", "deadline_ms", "dry_run"),
+        *("truncate_prompt_tokens", "json_schema", "regex", "grammar", "choice"),
     }
     for name in set(GenerateBody.model_fields) - others:
         assert f"`{name}" in text, name

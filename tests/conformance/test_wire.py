@@ -148,7 +148,7 @@ def test_statuses(server: Launched) -> None:
     assert error(post(b"", length=2**20 + 1))[:2] == (413, "too_large")
     assert error(post({}).replace(b"application/json", b"text/plain"))[:2] == (415, "unsupported_media_type")
     assert error(get("/livez", "GET", "X: " + "y" * 20_000))[:2] == (431, "headers_too_large")
-    assert error(post({"prompt": "x", "logprobs": 2}))[:2] == (501, "unsupported")
+    assert error(post({"prompt": "x", "best_of": 2}, "/v1/completions"))[:2] == (501, "unsupported")
 
 
 def test_overload_is_429_before_any_header(tmp_path: Path) -> None:
@@ -216,7 +216,6 @@ def test_every_request_has_one_outcome_and_every_token_one_count(tmp_path: Path)
             {"prompt": "x", "temperature": 5},
             {"prompt": "x" * 5000},
             {"prompt": "x", "n": 3, "max_new_tokens": 5},
-            {"prompt": "x", "echo": True},
             {},
         ]
         with httpx.Client(base_url=server.url, timeout=20) as client:
@@ -224,7 +223,12 @@ def test_every_request_has_one_outcome_and_every_token_one_count(tmp_path: Path)
                 for body in bodies:
                     client.post("/generate", json=body)
                     sent += 1
-        for data in (post(b"{"), post(b"", length=2**21), post({}).replace(b"/json", b"/xml")):
+        for data in (
+            *[post({"prompt": "x", "best_of": 2}, "/v1/completions")] * 3,
+            post(b"{"),
+            post(b"", length=2**21),
+            post({}).replace(b"/json", b"/xml"),
+        ):
             with Connection(server.port) as connection:
                 connection.send(data)
                 connection.answer()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import time
@@ -99,6 +100,107 @@ def test_completions(client: openai.OpenAI) -> None:
     assert cut.choices[0].text == plain.choices[0].text.split(piece)[0]
 
 
+def test_logprobs_in_both_styles(client: openai.OpenAI) -> None:
+    asked = {"model": MODEL, "max_tokens": 8, "seed": 2}
+    chat = client.chat.completions.create(messages=TALE, logprobs=True, top_logprobs=2, **asked)  # type: ignore[call-overload]
+    (choice,) = chat.choices
+    content = choice.logprobs.content
+    assert b"".join(bytes(item.bytes) for item in content).decode() == choice.message.content
+    assert all(len(item.top_logprobs) == 2 and item.logprob <= 0 for item in content)
+    streamed = []
+    for chunk in client.chat.completions.create(messages=TALE, logprobs=True, top_logprobs=2, stream=True, **asked):  # type: ignore[call-overload]
+        streamed += chunk.choices[0].logprobs.content if chunk.choices[0].logprobs else []
+    assert streamed == content
+
+    text = client.completions.create(prompt="Once upon a time", logprobs=3, echo=True, **asked)  # type: ignore[call-overload]
+    (whole,) = text.choices
+    assert whole.text.startswith("Once upon a time")
+    logprobs = whole.logprobs
+    assert logprobs.token_logprobs[0] is None
+    assert all(logprob <= 0 for logprob in logprobs.token_logprobs[1:])
+    assert len(logprobs.tokens) == text.usage.total_tokens
+    for token, offset, top in zip(
+        logprobs.tokens[-8:], logprobs.text_offset[-8:], logprobs.top_logprobs[-8:], strict=True
+    ):
+        assert token in top
+        assert len(top) in (3, 4)
+        assert offset >= len("Once upon a time")
+    pieces = client.completions.create(prompt="Once upon a time", logprobs=3, echo=True, stream=True, **asked)  # type: ignore[call-overload]
+    found = [piece.choices[0] for piece in pieces]
+    assert "".join(piece.text for piece in found) == whole.text
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        joined = [value for piece in found if piece.logprobs for value in getattr(piece.logprobs, name)]
+        assert joined == getattr(logprobs, name)
+
+
+ANIMAL = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 10}, "kind": {"enum": ["fox", "owl"]}},
+    "required": ["name", "kind"],
+    "additionalProperties": False,
+}
+
+
+def test_json_schemas(client: openai.OpenAI) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": ANIMAL, "strict": True}}
+    asked = {"model": MODEL, "messages": TALE, "response_format": form, "max_tokens": 60, "n": 4, "seed": 3}
+    answer = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    texts = [choice.message.content for choice in answer.choices if choice.finish_reason == "stop"]
+    assert texts
+    for text in texts:
+        animal = json.loads(text)
+        assert set(animal) == {"name", "kind"}
+        assert animal["kind"] in ("fox", "owl")
+    streamed = [""] * 4
+    for chunk in client.chat.completions.create(stream=True, **asked):  # type: ignore[call-overload]
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == [choice.message.content for choice in answer.choices]
+    cut = client.chat.completions.create(**asked | {"max_tokens": 2, "n": 1})  # type: ignore[call-overload]
+    assert (cut.choices[0].finish_reason, cut.choices[0].message.content[0]) == ("length", "{")
+    wrong = form | {"json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**asked | {"response_format": wrong})  # type: ignore[call-overload]
+    assert (caught.value.code, caught.value.param) == ("unsupported_grammar", "response_format")
+    assert "uniqueItems" in caught.value.message
+    (choice,) = client.completions.create(
+        model=MODEL, prompt="It was a ", max_tokens=9, extra_body={"choice": ["fox", "owl"]}
+    ).choices
+    assert choice.text in ("fox", "owl")
+
+
+def test_tools_that_must_be_called(client: openai.OpenAI) -> None:
+    """The embedded model knows no tools: it is made to call them, as any model can be."""
+    tools = [
+        {"type": "function", "function": {"name": "draw", "parameters": ANIMAL}},
+        {"type": "function", "function": {"name": "stop"}},
+    ]
+    asked = {"model": MODEL, "messages": TALE, "tools": tools, "max_tokens": 80, "seed": 1, "temperature": 0}
+    named = {"type": "function", "function": {"name": "draw"}}
+    (choice,) = client.chat.completions.create(tool_choice=named, **asked).choices  # type: ignore[call-overload]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    (call,) = choice.message.tool_calls
+    assert (call.type, call.function.name) == ("function", "draw")
+    assert set(json.loads(call.function.arguments)) == {"name", "kind"}
+    name, arguments, reason, pieces = "", "", "", 0
+    for chunk in client.chat.completions.create(tool_choice=named, stream=True, **asked):  # type: ignore[call-overload]
+        for news in chunk.choices[0].delta.tool_calls or ():
+            name += news.function.name or ""
+            arguments += news.function.arguments
+            pieces += 1
+        reason = chunk.choices[0].finish_reason or reason
+    assert (name, arguments, reason) == ("draw", call.function.arguments, "tool_calls")
+    assert pieces > 3
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(tool_choice="auto", **asked)  # type: ignore[call-overload]
+    assert caught.value.param == "tools"
+    follow_up = [*TALE, choice.message, {"role": "tool", "tool_call_id": call.id, "content": "done"}]
+    with pytest.raises(openai.BadRequestError, match="The roles of stet-tales are") as caught:
+        client.chat.completions.create(model=MODEL, messages=follow_up, max_tokens=3)
+    assert caught.value.param == "messages"
+
+
 def test_errors_have_their_classes(client: openai.OpenAI, server: RunningServer) -> None:
     create = client.chat.completions.create
     with pytest.raises(openai.BadRequestError) as bad:
@@ -115,8 +217,8 @@ def test_errors_have_their_classes(client: openai.OpenAI, server: RunningServer)
         create(model="gpt-4", messages=TALE)  # type: ignore[call-overload]
     began = time.monotonic()
     with pytest.raises(openai.InternalServerError) as unsupported:
-        client.with_options(max_retries=3).completions.create(model=MODEL, prompt="x", logprobs=3)
-    assert (unsupported.value.status_code, unsupported.value.param) == (501, "logprobs")
+        client.with_options(max_retries=3).completions.create(model=MODEL, prompt="x", best_of=3)
+    assert (unsupported.value.status_code, unsupported.value.param) == (501, "best_of")
     assert time.monotonic() - began < 0.4, "it was tried again"
     closed = openai.OpenAI(base_url=f"http://127.0.0.1:{free()}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.APIConnectionError):

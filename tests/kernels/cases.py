@@ -95,7 +95,7 @@ def sampling(rows: int, **fields: object) -> SamplingMetadata:
         "frequency_penalties": 0.0,
     }
     values.update(fields)
-    not_by_row = {"biases", "allowed", "prompt_tokens", "output_tokens", "num_logprobs"}
+    not_by_row = {"biases", "allowed", "prompt_tokens", "output_tokens", "masks"}
     full = {k: v if k in not_by_row or isinstance(v, list) else [v] * rows for k, v in values.items()}
     return SamplingMetadata(**full)  # type: ignore[arg-type]
 

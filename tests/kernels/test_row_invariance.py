@@ -340,8 +340,6 @@ def one_row(metadata: object, row: int) -> object:
             fields[name] = [(0, token, bias) for r, token, bias in value if r == row]
         elif isinstance(value, dict):
             fields[name] = {0: value[row]} if row in value else {}
-        elif name == "num_logprobs":
-            fields[name] = value
         else:
             fields[name] = [value[row]]
     return type(metadata)(**fields)

@@ -6,6 +6,7 @@ import math
 import random
 import warnings
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from kernels.ops import Ops, SamplingMetadata
 from kernels.philox import philox_4x32_10, random_31_bits
 from kernels.portable import PortableOps
 from kernels.reference import ReferenceOps
-from kernels.sampling import draw, kept_weights, multiply_shift_ceil, multiply_shift_floor
+from kernels.sampling import (
+    draw,
+    filter_stages,
+    kept_weights,
+    multiply_shift_ceil,
+    multiply_shift_floor,
+    token_weights,
+)
 from tests.kernels.cases import random_sampling, sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -338,20 +346,37 @@ def test_ties_at_a_border_are_kept() -> None:
 @pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
 def test_log_probabilities(backend: type) -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0, -1.0], [1.0, float("nan"), 0.0, 0.0]])
-    biased = sampling(2, biases=[(0, 0, 100.0)], temperatures=0.0, num_logprobs=3)
-    result = backend().sample(logits, biased)
+    token_ids = torch.tensor([3, 0])
+    result = backend().log_probabilities(logits, token_ids, 3)
     expected = logits[0].double().log_softmax(-1)
-    assert result.finite.tolist() == [True, False]
-    assert result.token_ids[0] == 0  # by its bias, which the log-probabilities know nothing of
-    assert result.logprobs is not None
-    assert result.top_ids is not None
-    assert result.top_logprobs is not None
-    assert float(result.logprobs[0]) == pytest.approx(float(expected[0]))
+    assert float(result.logprobs[0]) == pytest.approx(float(expected[3]))
     assert result.top_ids[0].tolist() == [1, 2, 0]
     assert result.top_logprobs[0].tolist() == pytest.approx(expected[[1, 2, 0]].tolist())
-    assert backend().sample(logits, sampling(2)).logprobs is None
-    with pytest.raises(ValueError, match="num_logprobs is 5"):
-        backend().sample(logits, sampling(2, num_logprobs=5))
+    assert backend().log_probabilities(logits, token_ids, 0).top_ids.shape == (2, 0)
+    for count in (5, -1):
+        with pytest.raises(ValueError, match=f"count is {count}; allowed is 0 to 4"):
+            backend().log_probabilities(logits, token_ids, count)
+    with pytest.raises(ValueError, match="token_ids must be int64"):
+        backend().log_probabilities(logits, token_ids[:1], 1)
+
+
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
+def test_masks_forbid_what_their_bits_do_not_allow(backend: type) -> None:
+    """As the same ids in `allowed`; in one row of three, over a vocabulary that fills no whole word."""
+    logits = torch.randn(3, 75, generator=torch.Generator().manual_seed(0)) * 2
+    ids = [3, 31, 32, 64, 74]
+    mask = np.zeros(3, dtype=np.uint32)
+    for token in ids:
+        mask[token // 32] |= np.uint32(1 << token % 32)
+    for temperature in (0.0, 1.0):
+        for seed in range(20):
+            fields: dict[str, Any] = {"temperatures": temperature, "seeds": [seed] * 3, "top_ks": [0, 3, 0]}
+            masked = backend().sample(logits, sampling(3, **fields, masks={1: mask})).token_ids
+            allowed = backend().sample(logits, sampling(3, **fields, allowed={1: ids})).token_ids
+            assert torch.equal(masked, allowed)
+            assert int(masked[1]) in ids
+    with pytest.raises(ValueError, match=r"metadata\.masks\[1\]"):
+        backend().sample(logits, sampling(3, masks={1: mask[:2]}))
 
 
 @pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
@@ -361,3 +386,34 @@ def test_a_pending_token_counts_for_penalties(backend: type) -> None:
     fields = {"temperatures": 0.0, "presence_penalties": [1.0, 1.0], "output_tokens": {0: [], 1: []}}
     result = backend().sample(logits, sampling(2, **fields), pending=torch.tensor([1, -1]))
     assert result.token_ids.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("backend", [ReferenceOps, PortableOps, CpuOps])
+def test_the_weights_of_a_backend_are_those_that_it_draws_with(backend: type) -> None:
+    """Draws at the borders of the intervals that its weights make: a unit more or less would show."""
+    ops = backend()
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(2)) * 3
+    weights = ops.token_weights(logits[0].numpy(), np.float32(logits.max()))
+    expected = token_weights(logits[0].numpy(), np.float32(logits.max()))
+    assert int(weights.max()) == 1 << 36
+    assert np.abs(weights - expected).max() <= 1
+    for typical_p in (1.0, 0.9):
+        rows, metadata = 400, sampling(400, typical_ps=typical_p)
+        kept = kept_weights(logits[0].numpy(), metadata, 0, ops.token_weights)
+        random = random_31_bits(metadata.seeds, metadata.positions, metadata.choices)
+        drawn = ops.sample(logits.expand(rows, -1), metadata).token_ids.tolist()
+        assert drawn == [draw(kept, int(bits)) for bits in random]
+
+
+def test_stages_name_the_filter_that_removes_a_token() -> None:
+    logits = np.array([5.0, 4.0, 3.0, 2.0, -30.0], dtype=np.float32)
+    metadata = sampling(1, biases=[(0, 3, -math.inf)], top_ks=2, top_ps=0.5)
+    seen = {name: weights.astype(bool).tolist() for name, weights in filter_stages(logits, metadata, 0)}
+    assert seen == {
+        "allowed": [True, True, True, False, True],
+        "weight": [True, True, True, False, False],
+        "top_k": [True, True, False, False, False],
+        "top_p": [True, False, False, False, False],
+    }
+    greedy = [name for name, _ in filter_stages(logits, sampling(1, temperatures=0.0), 0)]
+    assert greedy == ["allowed", "temperature"]

@@ -170,7 +170,13 @@ class FakeEngine:
             self.handle(decode_to_engine(body))
 
     def handle(self, message: object) -> None:
-        if isinstance(message, Submit):
+        if isinstance(message, Submit) and message.dry_run:
+            first = FirstToken(0, 0.0, 0.0)
+            answer = Delta(message.request_id, [], FinishReason.STOP, first=first)
+            frame = encode(StepOutput([answer]))
+            self.outbox += frame  # the lock is held
+            self.flush()
+        elif isinstance(message, Submit):
             base = _base(message.prompt_token_ids, message.params.seed, message.choice)
             poison = self.options.poison_token in message.prompt_token_ids
             row = Row(message, base, time.monotonic(), list(message.output_token_ids), poison=poison)

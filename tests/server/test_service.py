@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from server.engine.request import FinishReason
 from server.generation import Completed, GenerationRequest, Refusal, Started, TextDelta
+from server.rates import DrainRate
 from server.service import ServiceSettings
 from server.supervisor import EngineFailed, Limits
 from server.text.tokenizer import ModelText
@@ -413,6 +414,36 @@ def test_what_was_spent_is_told_whatever_the_end(tmp_path: Path) -> None:
     assert spent[1][0] == "b"
     assert 3 < spent[1][1] <= 7, "the prompt counts even if its reader leaves"
     assert all(tokens == 0 for _, tokens in spent[2:])
+
+
+def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        service = server.service
+        late = await collect(service, ids_request([5], max_new_tokens=4000, ignore_eos=True, deadline_ms=300))
+        assert late.end.finish_reason is FinishReason.DEADLINE
+        assert 0 < len(late.ids[0]) < 4000
+        # One runs for long: the next one waits for its place, and its time passes.
+        running = asyncio.create_task(collect(service, ids_request([6], max_new_tokens=100, ignore_eos=True)))
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refusal) as caught:
+            await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=150))
+        assert (caught.value.code, caught.value.problems[0].param) == ("deadline", "deadline_ms")
+        # Places have become free every ten seconds lately: nobody is kept waiting to be told.
+        now = time.monotonic()
+        service._drain_rate = DrainRate()
+        for ago in (20.0, 10.0):
+            service._drain_rate.freed(1, now - ago)
+        began = time.monotonic()
+        with pytest.raises(Refusal) as caught:
+            await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=3000))
+        assert caught.value.code == "deadline"
+        assert time.monotonic() - began < 0.1
+        assert (await running).end.finish_reason is FinishReason.LENGTH
+        assert server.is_clean()
+        assert server.books.outcomes == {"deadline": 3, "length": 1}
+        await server.settled()
+
+    run(tmp_path, test, max_running=1, step_seconds=0.01)
 
 
 def test_while_loading_requests_are_refused(tmp_path: Path) -> None:

@@ -29,6 +29,6 @@ const Kernels kernels = {
     STET_NAME,
     GROUP_OF,
     {embedding, norm, linear, gated, write_kv, attention, quantize, sample, layer_norm, ungated, add, add_positions,
-     softcap, route, group, expert_linear, combine}};
+     softcap, route, group, expert_linear, combine, weights}};
 
 }  // namespace STET_ISA

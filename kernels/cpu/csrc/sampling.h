@@ -155,3 +155,15 @@ void sample(const Command& c, const Step*, Work& work) {
         }
     }
 }
+
+// The weights that `sample` gives to logits after temperature. p: logits [rows][V], maxima [rows], weights int64 [rows][V].
+// n: V.
+void weights(const Command& c, const Step*, Work& work) {
+    const int64_t V = c.n[0];
+    for (int64_t row; (row = work.take()) < c.rows;) {
+        const float* logits = (const float*)c.p[0] + row * V;
+        const double maximum = ((const float*)c.p[1])[row];
+        int64_t* out = (int64_t*)c.p[2] + row * V;
+        for (int64_t i = 0; i < V; ++i) out[i] = weight_of((double)logits[i] - maximum);
+    }
+}

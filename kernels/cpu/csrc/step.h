@@ -64,7 +64,8 @@ enum Op : int32_t {
     GROUP = 14,
     EXPERT_LINEAR = 15,
     COMBINE = 16,
-    NUM_OPS = 17,
+    WEIGHTS = 17,
+    NUM_OPS = 18,
 };
 
 // One layer's K and V for `num_blocks` blocks.

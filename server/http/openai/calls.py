@@ -12,11 +12,12 @@ from starlette.requests import Request
 from server.generation import Event, GenerationRequest, Problem
 from server.http.auth import sign
 from server.http.errors import HttpError
-from server.http.generate import Call, Generator, is_large, merge, read_object, refuse
+from server.http.generate import Call, Generator, dry_run_of, is_large, merge, read_object, refuse
 from server.http.limits import Limits
 from server.http.openai.schemas import ParsedCall, parse_chat, parse_completion
 from server.http.openai.writers import BodyBuilder, ChunkWriter, Shape
 from server.http.routes import CHAT, COMPLETIONS
+from server.http.sse import Show
 
 
 class ModelService(Generator, Protocol):
@@ -66,8 +67,10 @@ async def _read(
         chat=endpoint == CHAT,
         fingerprint=service.fingerprint,
         num_choices=first.n * len(requests),
+        choices_per_prompt=first.n,
         include_usage=parsed.include_usage,
-        with_token_ids=first.return_token_ids,
+        show=Show.of(first),
+        echo=first.echo,
         own_id=first.request_id is not None,
     )
 
@@ -84,6 +87,7 @@ async def _read(
         lambda: ChunkWriter(shape),
         lambda: BodyBuilder(shape),
         parsed.respell,
+        dry_run_of(service, first, endpoint) if parsed.dry_run else None,
     )
 
 

@@ -27,8 +27,10 @@ SHARED = (
     *("n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop", "stream"),
     *("min_new_tokens", "top_k", "min_p", "typical_p", "repetition_penalty", "include_stop", "stop_token_ids"),
     *("ignore_eos", "return_token_ids", "skip_special_tokens", "priority", "request_id", "cache_salt"),
+    *("prompt_logprobs", "allowed_token_ids", "bad_words", "explain", "truncate_prompt_tokens", "deadline_ms"),
+    *("dry_run", "json_schema", "regex", "grammar", "choice"),
 )
-COMPLETION_SHARED = (*SHARED, "add_special_tokens")
+COMPLETION_SHARED = (*SHARED, "logprobs", "echo", "add_special_tokens")
 
 _NATIVE_NAMES = {"max_new_tokens": "max_tokens", "prompt_token_ids": "prompt", "min_tokens": "min_new_tokens"}
 _TEXT = "a string, or a list of text parts"
@@ -52,6 +54,45 @@ def _is_text_part(part: Any) -> bool:
     )
 
 
+class CalledFunction(BaseModel):
+    """A function as it was called: its arguments are JSON."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    arguments: str
+
+
+class MadeCall(BaseModel):
+    """A call in an earlier answer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    id: Annotated[str, Field(max_length=128)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class Function(BaseModel):
+    """A function that may be called; `parameters` is a JSON schema."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    description: Annotated[str | None, Field(max_length=4096)] = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(BaseModel):
+    """What a model may call."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(BaseModel):
     """One message of a chat, as the official clients send it."""
 
@@ -60,6 +101,9 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Any, AfterValidator(_text_content)]
     name: Annotated[str | None, Field(min_length=1, max_length=64)] = None
+    tool_calls: Annotated[list[MadeCall] | None, Field(max_length=128)] = None
+    tool_call_id: Annotated[str | None, Field(max_length=128)] = None
+    reasoning_content: str | None = None
 
 
 class StreamOptions(BaseModel):
@@ -68,6 +112,26 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     include_usage: bool | None = None
+
+
+class JsonSchema(BaseModel):
+    """A named schema. It is kept to whether or not `strict` says so."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the text must be."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class _Body(BaseModel):
@@ -79,6 +143,9 @@ class _Body(BaseModel):
     max_tokens: int | None = parameter(_TOKEN_LIMIT, shown="min(256, room)", ge=1, lt=2**31)
     stream_options: StreamOptions | None = parameter(
         "an object with `include_usage`", "with `stream` only: true adds a last chunk with the usage"
+    )
+    response_format: ResponseFormat | None = parameter(
+        "an object with `type`: text, json_object or json_schema", "the last with `json_schema`: `name` and `schema`"
     )
     user: str | None = parameter("up to 256 characters", "changes nothing", max_length=256)
 
@@ -98,6 +165,17 @@ class ChatBody(_Body):
     max_completion_tokens: int | None = parameter(
         _TOKEN_LIMIT, "the newer name of `max_tokens`", shown="min(256, room)", ge=1, lt=2**31
     )
+    logprobs: bool | None = parameter("true or false", "the log-probability of each token", shown="false")
+    top_logprobs: int | None = parameter(
+        "an integer from 0 to 20", "with `logprobs` only: that many alternatives beside each token", ge=0, le=20
+    )
+    tools: list[Tool] | None = parameter(
+        "up to 128 functions, each an object with `type` and `function`", shown="[]", max_length=128, fail_fast=True
+    )
+    tool_choice: Any = parameter(
+        'one of "none", "auto", "required", or an object that names a function', shown='"auto" with tools'
+    )
+    parallel_tool_calls: bool | None = parameter("true or false", "whether one answer may call several", shown="true")
 
 
 class CompletionBody(_Body):
@@ -111,15 +189,7 @@ class CompletionBody(_Body):
 
 
 # What each route knows by name and does not carry out, with the one value that asks for nothing.
-_LATER: dict[str, Any] = {
-    name: idle for name, idle in native.UNSUPPORTED.items() if name not in ("logprobs", "echo")
-} | {"response_format": {"type": "text"}}
 CHAT_UNSUPPORTED: Mapping[str, Any] = {
-    "logprobs": False,
-    "top_logprobs": None,
-    "tools": [],
-    "tool_choice": "none",
-    "parallel_tool_calls": None,
     "functions": [],
     "function_call": "none",
     "modalities": ["text"],
@@ -133,29 +203,40 @@ CHAT_UNSUPPORTED: Mapping[str, Any] = {
     "metadata": {},
     "prompt_cache_key": None,
     "safety_identifier": None,
-    **_LATER,
 }
-COMPLETION_UNSUPPORTED: Mapping[str, Any] = {"logprobs": None, "echo": False, "best_of": 1, "suffix": None, **_LATER}
+COMPLETION_UNSUPPORTED: Mapping[str, Any] = {"best_of": 1, "suffix": None}
 
 # Members of messages: clients send an earlier answer back as they got it, nulls included.
 _MESSAGE_UNSUPPORTED: Mapping[str, Any] = {
-    "tool_calls": [],
-    "tool_call_id": None,
     "function_call": None,
     "refusal": None,
     "audio": None,
     "annotations": [],
-    "reasoning_content": None,
 }
 
 MESSAGE_MEMBERS = {
     "role": "one of system, developer, user, assistant, tool",
     "content": _TEXT,
     "name": "1 to 64 characters",
+    "tool_calls": "up to 128 calls, each an object with `id`, `type` and `function`",
+    "tool_call_id": "up to 128 characters",
+    "reasoning_content": "a string",
+}
+FORMAT_MEMBERS = {
+    "type": "one of text, json_object, json_schema",
+    "json_schema": "an object with `name` and `schema`, and perhaps `description` and `strict`",
 }
 WORDS = Words(
-    items={"messages": "an object with `role` and `content`"},
-    members={"messages": MESSAGE_MEMBERS, "stream_options": {"include_usage": "true or false"}},
+    items={
+        "messages": "an object with `role` and `content`",
+        "tools": "an object with `type` and `function`",
+    },
+    members={
+        "messages": MESSAGE_MEMBERS,
+        "stream_options": {"include_usage": "true or false"},
+        "response_format": FORMAT_MEMBERS,
+        "tools": {"type": '"function"', "function": "an object with `name`, and perhaps `description`, `parameters`"},
+    },
 )
 
 
@@ -169,6 +250,7 @@ class ParsedCall:
 
     requests: list[GenerationRequest]
     stream: bool
+    dry_run: bool
     include_usage: bool
     model: str | None
     problems: list[Problem]
@@ -191,12 +273,23 @@ def parse_chat(body: Mapping[str, Any]) -> ParsedCall:
     elif valid.max_tokens is not None and limit is not None and valid.max_tokens != limit:
         text = "max_tokens contradicts max_completion_tokens: it is the older name of the same."
         own.append(Problem("max_tokens", text, valid.max_tokens, "give one of the two"))
-    respell = _respeller({"max_new_tokens": name})
+    respell = _respeller({"max_new_tokens": name} | _format_name(valid))
     parsed = native.parse_parameters(_shared(body, SHARED, limit))
-    request = dataclasses.replace(parsed.request, messages=messages_of(valid.messages or []))
+    if valid.top_logprobs is not None and not valid.logprobs:
+        own.append(Problem("top_logprobs", "top_logprobs needs logprobs to be true.", valid.top_logprobs, "null"))
+    request = dataclasses.replace(
+        parsed.request,
+        messages=messages_of(valid.messages or []),
+        logprobs=(valid.top_logprobs or 0) if valid.logprobs else None,
+        chat=True,
+    )
+    request, of_format = with_format(request, valid.response_format)
+    request, of_tools = with_tools(request, valid)
+    own += of_format + of_tools
     return ParsedCall(
         [request],
         parsed.stream,
+        parsed.dry_run,
         valid.stream_options is not None and valid.stream_options.include_usage is True,
         valid.model,
         own + [respell(problem) for problem in parsed.problems],
@@ -214,15 +307,24 @@ def parse_completion(body: Mapping[str, Any]) -> ParsedCall:
     prompts, problem = _prompts(body.get("prompt"))
     if problem is not None:
         own.append(problem)
-    respell = _respeller({"max_new_tokens": "max_tokens", "prompt_token_ids": "prompt"})
+    respell = _respeller({"max_new_tokens": "max_tokens", "prompt_token_ids": "prompt"} | _format_name(valid))
     parsed = native.parse_parameters(_shared(body, COMPLETION_SHARED, valid.max_tokens))
     if len(prompts) > 1 and len(parsed.request.logit_bias) > MAX_SHARED_BIAS:
         # Every prompt carries it to the engine: one body would be a second of work otherwise.
         allowed = f"an object of up to {MAX_SHARED_BIAS} token ids when there are several prompts"
         own.append(must_be("logit_bias", body["logit_bias"], allowed))
+    if parsed.dry_run and len(prompts) > 1:
+        own.append(Problem("dry_run", "dry_run is of one prompt.", True, "false, or one prompt"))
+    asked = parsed.request
+    if asked.echo and asked.logprobs is not None and asked.prompt_logprobs is None:
+        # The text then begins with the prompt, and so do the log-probabilities.
+        asked = dataclasses.replace(asked, prompt_logprobs=asked.logprobs)
+    asked, of_format = with_format(asked, valid.response_format)
+    own += of_format
     return ParsedCall(
-        [dataclasses.replace(parsed.request, **prompt) for prompt in prompts],
+        [dataclasses.replace(asked, **prompt) for prompt in prompts],
         parsed.stream,
+        parsed.dry_run,
         valid.stream_options is not None and valid.stream_options.include_usage is True,
         valid.model,
         own + [respell(problem) for problem in parsed.problems],
@@ -242,13 +344,71 @@ def plain_messages(sent: Any) -> tuple[Any, list[Problem]]:
             plain.append(message)
             continue
         problems += not_yet(message, _MESSAGE_UNSUPPORTED, f"messages[{position}].")
-        plain.append({name: value for name, value in message.items() if name not in _MESSAGE_UNSUPPORTED})
+        kept = {name: value for name, value in message.items() if name not in _MESSAGE_UNSUPPORTED}
+        if kept.get("tool_calls") == []:
+            del kept["tool_calls"]
+        if kept.get("tool_calls") and kept.get("content") is None:
+            kept["content"] = ""  # it called and said nothing
+        plain.append(kept)
     return plain, problems
 
 
 def messages_of(messages: list[ChatMessage]) -> tuple[dict[str, Any], ...]:
     """What the chat template gets."""
     return tuple(message.model_dump(exclude_none=True) for message in messages)
+
+
+def with_format(request: GenerationRequest, wanted: ResponseFormat | None) -> tuple[GenerationRequest, list[Problem]]:
+    """The request with the grammar of its `response_format`."""
+    if wanted is None or wanted.type == "text":
+        return request, []
+    if request.grammar is not None:
+        text = f"response_format cannot be combined with {request.grammar[0]}."
+        return request, [Problem("response_format", text, None, "leave it out")]
+    schema: dict[str, Any] | None = {"type": "object"}
+    if wanted.type == "json_schema":
+        schema = wanted.json_schema.schema_ if wanted.json_schema is not None else None
+        if schema is None:
+            text = "response_format.json_schema.schema is missing."
+            return request, [Problem("response_format.json_schema", text, None, "an object: a JSON schema")]
+    return dataclasses.replace(request, grammar=("json_schema", schema)), []
+
+
+def with_tools(request: GenerationRequest, valid: ChatBody) -> tuple[GenerationRequest, list[Problem]]:
+    """The request with its tools and how they are to be used."""
+    choice, tools = valid.tool_choice, tuple(tool.model_dump(exclude_none=True) for tool in valid.tools or ())
+    names = [tool["function"]["name"] for tool in tools]
+    allowed = 'one of "none", "auto", "required", or {"type": "function", "function": {"name": one of the tools}}'
+    named = None
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        named = function.get("name") if isinstance(function, dict) else None
+        if choice != {"type": "function", "function": {"name": named}} or named not in names:
+            return request, [must_be("tool_choice", choice, allowed)]
+    elif choice not in (None, "none", "auto", "required"):
+        return request, [must_be("tool_choice", choice, allowed)]
+    problems = []
+    if len(set(names)) < len(names):
+        problems.append(Problem("tools", "tools must have different names.", None, "each name once"))
+    if choice == "required" and not tools:
+        problems.append(Problem("tool_choice", "tool_choice required needs tools.", choice, "none"))
+    if not tools or choice == "none":
+        return request, problems
+    if request.grammar is not None:
+        problems.append(Problem("tools", "tools cannot be combined with a grammar or response_format.", None, "[]"))
+    made = dataclasses.replace(
+        request,
+        tools=tools,
+        tool_choice=f"function:{named}" if named else (choice or "auto"),
+        parallel_tool_calls=valid.parallel_tool_calls is not False,
+    )
+    return made, problems
+
+
+def _format_name(valid: _Body) -> dict[str, str]:
+    """Problems of the schema are told of where it stood."""
+    wanted = valid.response_format
+    return {"json_schema": "response_format"} if wanted is not None and wanted.type != "text" else {}
 
 
 def _shared(body: Mapping[str, Any], names: tuple[str, ...], max_new_tokens: int | None) -> dict[str, Any]:

@@ -10,9 +10,22 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from server.generation import ChoiceFinished, Completed, Problem, Started, TextDelta, Usage
+from server.engine.request import FinishReason
+from server.generation import (
+    ChoiceFinished,
+    Completed,
+    Problem,
+    PromptLogprobs,
+    Started,
+    TextDelta,
+    ToolCallDelta,
+    Usage,
+)
 from server.http.errors import error_object
-from server.http.sse import AnswerBuilder
+from server.http.openai.logprobs import ChatLogprobs, TextLogprobs, chat_logprobs, text_logprobs
+from server.http.sse import AnswerBuilder, Show, prompt_logprobs, shown
+
+_TOOL_CALLS = "tool_calls"
 
 _encode = msgspec.json.Encoder().encode
 
@@ -21,15 +34,18 @@ _encode = msgspec.json.Encoder().encode
 class Shape:
     """What one request's answer looks like.
 
-    num_choices   of all prompts
+    num_choices   of all prompts; choices_per_prompt: of each
+    show, echo    what there is beside text, and whether the text begins with the prompt
     own_id        the request's own id, which is not given a prefix
     """
 
     chat: bool
     fingerprint: str
     num_choices: int
+    choices_per_prompt: int
     include_usage: bool
-    with_token_ids: bool
+    show: Show
+    echo: bool
     own_id: bool
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -51,42 +67,64 @@ class _Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: _Cached
 
 
+class _Function(msgspec.Struct, frozen=True):
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class _Call(msgspec.Struct, frozen=True):
+    function: _Function
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+
+
 class _Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[_Call] | UnsetType = UNSET
 
 
 class _ChatChunkChoice(msgspec.Struct, frozen=True):
     index: int
     delta: _Delta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    explain: Any = UNSET
+    prompt_logprobs: Any = UNSET
 
 
 class _Message(msgspec.Struct, frozen=True):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[_Call] | UnsetType = UNSET
 
 
 class _ChatChoice(msgspec.Struct, frozen=True):
     index: int
     message: _Message
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: str
     stop_reason: str | int | None
     token_ids: tuple[int, ...] | UnsetType
+    explain: Any = UNSET
+    prompt_logprobs: Any = UNSET
 
 
 class _TextChoice(msgspec.Struct, frozen=True):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: tuple[int, ...] | UnsetType = UNSET
+    explain: Any = UNSET
+    prompt_logprobs: Any = UNSET
 
 
 class _Envelope(msgspec.Struct, frozen=True):
@@ -112,6 +150,8 @@ class ChunkWriter:
         self._object = "chat.completion.chunk" if shape.chat else "text_completion"
         # Where the usage was asked for, every other chunk says that it is not the one.
         self._no_usage: UnsetType | None = None if shape.include_usage else UNSET
+        self._offsets: dict[int, int] = {}  # characters of each choice's tokens so far
+        self._prompts: dict[int, PromptLogprobs] = {}
 
     def started(self, event: Started) -> bytes:
         """In a chat, the role of every choice."""
@@ -123,16 +163,53 @@ class ChunkWriter:
 
     def delta(self, event: TextDelta) -> bytes:
         """New text; empty when there is nothing to show."""
-        ids = event.token_ids if self._shape.with_token_ids else UNSET
-        if not event.text and ids is UNSET:
-            return b""
+        show = self._shape.show
+        spoken = b""
+        if event.reasoning or event.calls:
+            calls = [_call(call) for call in event.calls] or UNSET
+            delta = _Delta(reasoning_content=event.reasoning or UNSET, tool_calls=calls)
+            spoken = self._chunk(_ChatChunkChoice(event.index, delta))
+        return spoken + self._said(show, event)
+
+    def _said(self, show: Show, event: TextDelta) -> bytes:
+        if not show.tokens:
+            if not event.text:
+                return b""
+            if self._shape.chat:
+                return self._chunk(_ChatChunkChoice(event.index, _Delta(content=event.text)))
+            return self._chunk(_TextChoice(event.index, event.text))
+        ids, _, explain = shown(show, event)
         if self._shape.chat:
-            return self._chunk(_ChatChunkChoice(event.index, _Delta(content=event.text), token_ids=ids))
-        return self._chunk(_TextChoice(event.index, event.text, token_ids=ids))
+            chat = chat_logprobs(event.logprobs) if show.logprobs else None
+            choice: Any = _ChatChunkChoice(
+                event.index, _Delta(content=event.text), chat, token_ids=ids, explain=explain
+            )
+            return self._chunk(choice)
+        logprobs = None
+        if show.logprobs:
+            offset = self._offsets.get(event.index, 0)
+            prompt = self._prompts.get(event.index - event.index % self._shape.choices_per_prompt)
+            # The prompt's text comes without tokens, once, before everything else.
+            if self._shape.echo and prompt is not None and not event.token_ids:
+                logprobs = text_logprobs(prompt.tokens, prompt.first, 0)
+            else:
+                logprobs = text_logprobs(event.logprobs, None, offset)
+            self._offsets[event.index] = offset + sum(map(len, logprobs.tokens))
+        return self._chunk(_TextChoice(event.index, event.text, logprobs, token_ids=ids, explain=explain))
+
+    def prompt(self, event: PromptLogprobs) -> bytes:
+        """The prompt's log-probabilities: a chunk of their own, unless they are part of the echoed text."""
+        if self._shape.echo and self._shape.show.logprobs:
+            self._prompts[event.index] = event
+            return b""
+        found = prompt_logprobs(event)
+        if self._shape.chat:
+            return self._chunk(_ChatChunkChoice(event.index, _Delta(), prompt_logprobs=found))
+        return self._chunk(_TextChoice(event.index, "", prompt_logprobs=found))
 
     def finished(self, event: ChoiceFinished) -> bytes:
         """The end of a choice."""
-        reason = event.finish_reason.value
+        reason = _reason(event)
         if self._shape.chat:
             choice: Any = _ChatChunkChoice(event.index, _Delta(), None, reason, event.stop_reason)
         else:
@@ -166,19 +243,61 @@ class BodyBuilder(AnswerBuilder):
     """The whole answer, in OpenAI's shape."""
 
     def __init__(self, shape: Shape) -> None:
-        super().__init__(shape.with_token_ids)
+        super().__init__(shape.show)
         self._shape = shape
+        self._reasoning: dict[int, str] = {}
+        self._calls: dict[int, dict[int, _Call]] = {}
+        self._called: set[int] = set()
+
+    def delta(self, event: TextDelta) -> None:
+        """New text, and what was thought and called beside it."""
+        super().delta(event)
+        if event.reasoning:
+            self._reasoning[event.index] = self._reasoning.get(event.index, "") + event.reasoning
+        calls = self._calls.setdefault(event.index, {}) if event.calls else {}
+        for news in event.calls:
+            before = calls.get(news.index)
+            if before is None:
+                calls[news.index] = _call(news)
+            else:
+                function = _Function(before.function.arguments + news.arguments, before.function.name)
+                calls[news.index] = _Call(function, UNSET, before.id, before.type)
+
+    def finished(self, event: ChoiceFinished) -> None:
+        super().finished(event)
+        if event.called:
+            self._called.add(event.index)
 
     def answer(self, started: Started, event: Completed) -> bytes:
         """The body, once every choice has finished."""
         shape = self._shape
         choices: list[Any] = []
         for output in self.outputs():
-            end = (None, output.finish_reason, output.stop_reason, output.token_ids)
+            items = self.whole(output.index).logprobs
+            prompt = self.prompts.get(output.index - output.index % shape.choices_per_prompt)
+            reason = output.finish_reason
+            if reason == FinishReason.STOP.value and output.index in self._called:
+                reason = _TOOL_CALLS
+            rest = (reason, output.stop_reason, output.token_ids, output.explain)
+            found = UNSET if prompt is None or output.index != prompt.index else prompt_logprobs(prompt)
             if shape.chat:
-                choices.append(_ChatChoice(output.index, _Message("assistant", output.text), *end))
-            else:
-                choices.append(_TextChoice(output.index, output.text, *end))
+                chat = chat_logprobs(items) if shape.show.logprobs else None
+                calls = [msgspec.structs.replace(c, index=UNSET) for c in self._calls.get(output.index, {}).values()]
+                message = _Message(
+                    "assistant",
+                    output.text or (None if calls else ""),
+                    reasoning_content=self._reasoning.get(output.index, UNSET),
+                    tool_calls=calls or UNSET,
+                )
+                choices.append(_ChatChoice(output.index, message, chat, *rest, found))
+                continue
+            logprobs = None
+            if shape.show.logprobs:
+                echoed = prompt if shape.echo else None
+                all_items = (*echoed.tokens, *items) if echoed is not None else items
+                logprobs = text_logprobs(all_items, echoed.first if echoed is not None else None, 0)
+            found = UNSET if shape.echo and shape.show.logprobs else found
+            choices.append(_TextChoice(output.index, output.text, logprobs, *rest, found))
         kind = "chat.completion" if shape.chat else "text_completion"
         envelope = _Envelope(
             shape.id_of(started),
@@ -191,6 +310,19 @@ class BodyBuilder(AnswerBuilder):
             event.seed,
         )
         return _encode(envelope)
+
+
+def _call(news: ToolCallDelta) -> _Call:
+    if news.name is None or news.id is None:
+        return _Call(_Function(news.arguments), news.index)
+    return _Call(_Function(news.arguments, news.name), news.index, news.id, "function")
+
+
+def _reason(event: ChoiceFinished) -> str:
+    """The finish reason as OpenAI's clients expect it: a choice that stopped after it had called says so."""
+    if event.called and event.finish_reason is FinishReason.STOP:
+        return _TOOL_CALLS
+    return event.finish_reason.value
 
 
 def _usage(usage: Usage) -> _Usage:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from typing import Any
@@ -13,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cuda import sampling, sampling_plan
+from kernels.cuda import sampling, sampling_logprobs, sampling_plan, sampling_weights
 from kernels.cuda.common import device_type
-from kernels.cuda.sampling_weights import exponential_table, key_of, value_of, weight_of
+from kernels.cuda.sampling_weights import key_of, value_of
 from kernels.cuda.upload import Upload
 from kernels.cuda.workspace import Workspace
 from kernels.ops import SampleResult, SamplingMetadata
@@ -37,14 +38,7 @@ def sample(
     upload.send()
     on_device = None if pending is None else pending.to(DEVICE)
     result = sampling.sample(logits.to(DEVICE), plan, on_device, workspace or Workspace(DEVICE))
-    parts = (result.token_ids, result.finite, result.logprobs, result.top_ids, result.top_logprobs)
-    return SampleResult(*(None if part is None else part.cpu() for part in parts))  # type: ignore[arg-type]
-
-
-@triton.jit
-def _weights(x_ptr, out_ptr, table_ptr, maximum, BLOCK: tl.constexpr):
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + index, weight_of(tl.load(x_ptr + index), maximum, table_ptr))
+    return SampleResult(result.token_ids.cpu(), result.finite.cpu())
 
 
 @triton.jit
@@ -56,9 +50,7 @@ def _keys(x_ptr, keys_ptr, back_ptr, BLOCK: tl.constexpr):
 
 
 def device_weights(scaled: Tensor, maximum: float) -> Tensor:
-    out = torch.full((len(scaled),), -1, dtype=torch.int64, device=DEVICE)
-    _weights[(len(scaled) // 4096,)](scaled.to(DEVICE), out, exponential_table(DEVICE), maximum, BLOCK=4096)
-    return out.cpu()
+    return sampling_weights.token_weights(scaled.to(DEVICE), maximum).cpu()
 
 
 def test_weights_are_those_of_float64() -> None:
@@ -156,7 +148,7 @@ def test_a_row_alone_and_among_others() -> None:
             elif isinstance(value, dict):
                 fields[name] = {0: value[row]} if row in value else {}
             else:
-                fields[name] = value if name == "num_logprobs" else [value[row]]
+                fields[name] = [value[row]]
         assert sample(logits[row : row + 1], SamplingMetadata(**fields)).token_ids == together[row]
 
 
@@ -228,16 +220,33 @@ def test_faults_and_dead_ends() -> None:
 
 
 def test_log_probabilities() -> None:
-    """Raw: what biases and temperatures change is not in them. Most likely first, the lower id first on a tie."""
+    """Of given tokens and of the most likely, the lower id first on a tie; a row that is not finite harms no other."""
     generator = torch.Generator().manual_seed(9)
-    logits = torch.randn(3, 5001, generator=generator) * 3
+    logits = torch.randn(4, 5001, generator=generator) * 3
     logits[2, 100:400] = 20.0
-    metadata = parameters(3, temperatures=[0.0, 0.8, 1.0], top_ks=[0, 40, 0], biases=[(0, 17, 50.0)], num_logprobs=5)
-    actual, expected = sample(logits, metadata), REFERENCE.sample(logits, metadata)
-    assert torch.equal(actual.token_ids, expected.token_ids)
-    for name in ("logprobs", "top_ids", "top_logprobs"):
-        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
-    assert sample(logits, parameters(3)).logprobs is None
+    logits[3, 7] = float("nan")
+    token_ids = torch.tensor([17, 5000, 399, 0])
+    workspace = Workspace(DEVICE)
+    for count in (0, 5):
+        found = sampling_logprobs.log_probabilities(logits.to(DEVICE), token_ids.to(DEVICE), count, workspace)
+        expected = REFERENCE.log_probabilities(logits, token_ids, count)
+        for name in ("logprobs", "top_ids", "top_logprobs"):
+            actual = getattr(found, name).cpu()[:3]
+            torch.testing.assert_close(actual, getattr(expected, name)[:3], atol=1e-5, rtol=1e-5)
+
+
+def test_masks() -> None:
+    """Packed masks beside allowed ids, biases and penalties, in some rows only."""
+    rng, vocab = random.Random(5), 3001
+    logits = torch.randn(6, vocab) * 2
+    masks = {row: np.zeros(94, dtype=np.uint32) for row in (0, 2, 5)}
+    for row, ids in ((0, range(0, vocab, 3)), (2, [3000]), (5, rng.sample(range(vocab), 40))):
+        for token in ids:
+            masks[row][token // 32] |= np.uint32(1 << token % 32)
+    fields = random_sampling(rng, 6, vocab)
+    metadata = dataclasses.replace(fields, masks=masks, allowed={5: list(range(vocab)), 1: [7, 9]})
+    assert check(logits, metadata) == 0
+    assert sample(logits, metadata).token_ids[2] == 3000
 
 
 def test_poisoned_memory_is_never_read() -> None:
@@ -255,8 +264,10 @@ def test_bad_input_is_refused() -> None:
     upload = Upload(DEVICE)
     with pytest.raises(ValueError, match="logits have 262145 columns"):
         sampling.make_plan(parameters(1), 1, sampling_plan.MAX_VOCAB + 1, upload)
-    with pytest.raises(ValueError, match="num_logprobs is 1025"):
-        sampling.make_plan(parameters(1, num_logprobs=1025), 1, 5000, upload)
+    with pytest.raises(ValueError, match="count is 1025; allowed is 0 to 1024"):
+        sampling_logprobs.log_probabilities(
+            torch.zeros(1, 5000), torch.zeros(1, dtype=torch.int64), 1025, Workspace(DEVICE)
+        )
     plan = sampling.make_plan(parameters(2), 2, 10, upload)
     upload.send()
     workspace = Workspace(DEVICE)

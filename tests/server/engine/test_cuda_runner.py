@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
@@ -20,10 +23,11 @@ from server.engine.config import SchedulerConfig
 from server.engine.core import EngineCore
 from server.engine.cuda_runner import BlockTableRows, CudaRunner, device_faults
 from server.engine.memory import decode_buckets
-from server.engine.plan import DeviceFault, PlannedRequest, RowResult, StepPlan
+from server.engine.plan import DeviceFault, PlannedRequest, RequestOutput, RowResult, StepPlan
 from server.engine.request import FinishReason, Request, SamplingParams
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.engine.scores import unpack_scores
 from tests.server.engine.cores import run_all, tokens_of
 
 BLOCK = 16
@@ -148,6 +152,62 @@ def test_the_tokens_are_those_of_the_plain_path(depth: int) -> None:
     runner = make_runner()
     poison(runner)
     assert tokens(make_core(runner, depth), requests(7)) == expected
+
+
+class Steps:
+    """Stands for a grammar: after a token only the three behind it may follow, so it must be known."""
+
+    def matcher(self, grammar: str) -> Steps:
+        return self
+
+    def mask(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.uint32]:
+        words = np.zeros(4, dtype=np.uint32)
+        last = output_token_ids[-1] if output_token_ids else 10
+        for token in range(last + 1, last + 4):
+            words[token % VOCAB // 32] |= np.uint32(1 << token % VOCAB % 32)
+        return words
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_details_and_what_depends_on_the_last_token(depth: int) -> None:
+    """Scores of output and prompt, explanations in the device's own weights, masks and bad words in flight."""
+
+    def batch() -> list[Request]:
+        asked: tuple[dict[str, Any], ...] = (
+            {"temperature": 1.1, "num_logprobs": 3, "num_prompt_logprobs": 2, "explain": 5, "presence_penalty": 0.5},
+            {"temperature": 1.5, "grammar": "steps", "explain": 97},
+            {"temperature": 1.2, "bad_words": ((7, 8), (9,), (11, 12, 13)), "allowed_token_ids": tuple(range(7, 14))},
+            {"temperature": 0.0, "num_logprobs": 0},
+        )
+        prompts = ([5] * 40, [6, 7], [8] * 17, [9, 3, 4])
+        return [
+            Request(i, prompts[i], SamplingParams(6, seed=i, ignore_eos=True, **fields))
+            for i, fields in enumerate(asked)
+        ]
+
+    def run(runner: Any, depth: int) -> list[list[RequestOutput]]:
+        core = make_core(runner, depth)
+        core.grammars = Steps()  # type: ignore[assignment]
+        return list(run_all(core, batch()).values())
+
+    model = oracle()
+    expected = run(Runner(model, model.ops, 64, BLOCK, (2,)), 1)  # type: ignore[attr-defined]
+    actual = run(make_runner(), depth)
+    assert [tokens_of(outputs) for outputs in actual] == [tokens_of(outputs) for outputs in expected]
+    walked = [10, *tokens_of(actual[1])]
+    assert all(0 < (after - before) % VOCAB < 4 for before, after in pairwise(walked))
+    for ours, theirs in zip(actual, expected, strict=True):
+        for name, count in (("scores", 3), ("prompt_scores", 2)):
+            a, b = (b"".join(getattr(o.details, name) for o in each if o.details) for each in (ours, theirs))
+            count = count if ours is not actual[3] else 0
+            for mine, other in zip(unpack_scores(a, count), unpack_scores(b, count), strict=True):
+                assert mine.top_ids == other.top_ids
+                assert mine.logprob == pytest.approx(other.logprob, abs=1e-4)
+        for explanation in (e for o in ours if o.details for e in o.details.explanations):
+            target = explanation.random * explanation.total >> 31
+            drawn = [c.token_id for c in explanation.candidates if c.start <= target < c.end]
+            assert drawn == [explanation.token_id]
+    assert sum(len(o.details.explanations) for outputs in actual for o in outputs if o.details) == 12
 
 
 def test_preemption_changes_nothing() -> None:

@@ -289,7 +289,7 @@ def test_all_problems_at_once(client: httpx.Client, server: ServerThread) -> Non
         "stop": ["a", ""],
         "top_k": 9,
         "n": 9,
-        "logprobs": 2,
+        "regex": 2,
     }
     answer = client.post("/generate", json=body)
     assert answer.status_code == 400
@@ -303,7 +303,7 @@ def test_all_problems_at_once(client: httpx.Client, server: ServerThread) -> Non
         "stop[1]",
         "top_k",
         "n",
-        "logprobs",
+        "regex",
     }
     assert details["temprature"]["allowed"] == "temperature"
     assert details["messages[0].contents"]["message"].endswith("Did you mean content?")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
@@ -11,7 +12,16 @@ import httpx
 import pytest
 
 from server.engine.request import FinishReason
-from server.generation import ChoiceFinished, Event, GenerationRequest, Problem, Refusal, Started, TextDelta
+from server.generation import (
+    ChoiceFinished,
+    Event,
+    GenerationRequest,
+    Problem,
+    Refusal,
+    Started,
+    TextDelta,
+    ToolCallDelta,
+)
 from server.http.openai.schemas import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED
 from tests.server.http.scripted import ServerThread, completed, endless, never
 from tests.server.http.wire import Connection, post, wait_for
@@ -189,8 +199,108 @@ def test_what_the_service_is_asked(client: httpx.Client, server: ServerThread) -
             ignore_eos=True,
             min_new_tokens=1,
             cache_salt="s",
+            chat=True,
         )
     ]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+ORDER = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "asked"),
+    [
+        ({"tools": [TOOL]}, {"tools": (TOOL,)}),
+        ({"tools": [TOOL], "tool_choice": "required"}, {"tools": (TOOL,), "tool_choice": "required"}),
+        ({"tools": [TOOL], "tool_choice": ORDER}, {"tools": (TOOL,), "tool_choice": "function:f"}),
+        ({"tools": [TOOL], "tool_choice": "none"}, {}),
+        ({"tools": [], "tool_choice": "auto"}, {}),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, {"tools": (TOOL,), "parallel_tool_calls": False}),
+        ({"logprobs": True}, {"logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 3}, {"logprobs": 3}),
+        ({"logprobs": False}, {}),
+        ({"response_format": {"type": "text"}}, {}),
+        ({"response_format": {"type": "json_object"}}, {"grammar": ("json_schema", {"type": "object"})}),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": True, "schema": {"a": 1}},
+                }
+            },
+            {"grammar": ("json_schema", {"a": 1})},
+        ),
+        ({"regex": "x"}, {"grammar": ("regex", "x")}),
+    ],
+    ids=str,
+)
+def test_tools_formats_and_logprobs(
+    client: httpx.Client, server: ServerThread, sent: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    assert client.post(CHAT, json=BODIES[CHAT] | sent).status_code == 200
+    (request,) = server.service.seen
+    plain = GenerationRequest(messages=request.messages, chat=True)
+    assert request == dataclasses.replace(plain, **asked)
+
+
+async def calling(request: GenerationRequest) -> AsyncIterator[Event]:
+    """Thinks, speaks and calls twice, in pieces."""
+    yield Started("gen-1", "tiny", 7)
+    yield TextDelta(0, "", (4,), reasoning="Hm")
+    yield TextDelta(0, "", (4,), reasoning=".")
+    yield TextDelta(0, "So: ", (5,))
+    yield TextDelta(0, "", (6,), calls=(ToolCallDelta(0, "call_a", "f", ""), ToolCallDelta(0, None, None, '{"x"')))
+    yield TextDelta(0, "", (7,), calls=(ToolCallDelta(0, None, None, ": 1}"), ToolCallDelta(1, "call_b", "g", "")))
+    yield TextDelta(0, "", (7,), calls=(ToolCallDelta(1, None, None, "{}"),))
+    yield ChoiceFinished(0, FinishReason.STOP, 2, called=True)
+    yield completed()
+
+
+def test_calls_and_reasoning_in_an_answer_and_in_chunks(client: httpx.Client, server: ServerThread) -> None:
+    server.service.script = calling
+    (choice,) = client.post(CHAT, json=BODIES[CHAT]).json()["choices"]
+    expected = [
+        {"function": {"arguments": '{"x": 1}', "name": "f"}, "id": "call_a", "type": "function"},
+        {"function": {"arguments": "{}", "name": "g"}, "id": "call_b", "type": "function"},
+    ]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "So: ",
+        "refusal": None,
+        "reasoning_content": "Hm.",
+        "tool_calls": expected,
+    }
+    assert choice["finish_reason"] == "tool_calls"
+    *chunks, done = chunks_of(client.post(CHAT, json=BODIES[CHAT] | {"stream": True}))
+    assert done == "[DONE]"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hm."
+    assert "".join(delta.get("content", "") for delta in deltas) == "So: "
+    news = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [call["index"] for call in news] == [0, 0, 0, 1, 1]
+    assert [(call["id"], call["function"]["name"], call["type"]) for call in news if "id" in call] == [
+        ("call_a", "f", "function"),
+        ("call_b", "g", "function"),
+    ]
+    assert "".join(call["function"]["arguments"] for call in news) == '{"x": 1}{}'
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_calls_may_be_sent_back_with_their_results(client: httpx.Client, server: ServerThread) -> None:
+    call = {"id": "call_a", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "function_call": None},
+        {"role": "tool", "content": "3", "tool_call_id": "call_a"},
+    ]
+    assert client.post(CHAT, json={"messages": messages}).status_code == 200
+    (request,) = server.service.seen
+    assert request.messages is not None
+    assert request.messages[1:] == (
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "call_a"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,6 +343,25 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"max_new_tokens": 5}, "max_new_tokens"),
     (CHAT, {"do_sample": False}, "do_sample"),
     (CHAT, {"user": 5}, "user"),
+    (CHAT, {"logprobs": 1}, "logprobs"),
+    (CHAT, {"top_logprobs": 3}, "top_logprobs"),
+    (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
+    (CHAT, {"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tool_choice": "f"}, "tool_choice"),
+    (CHAT, {"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    (CHAT, {"parallel_tool_calls": 1}, "parallel_tool_calls"),
+    (CHAT, {"response_format": "json"}, "response_format"),
+    (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
+    (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    (CHAT, {"response_format": {"type": "json_object"}, "regex": "x"}, "response_format"),
+    (CHAT, {"regex": "x", "choice": ["y"]}, "choice"),
+    (CHAT, {"stream": True, "dry_run": True}, "dry_run"),
+    (COMPLETIONS, {"prompt": ["x", "y"], "dry_run": True}, "dry_run"),
+    (COMPLETIONS, {"logprobs": True}, "logprobs"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
     (CHAT, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     (CHAT, {"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
@@ -286,9 +415,9 @@ def test_not_supported_yet(client: httpx.Client, path: str, name: str) -> None:
 
 
 def test_members_of_messages_that_are_not_supported_yet(client: httpx.Client) -> None:
-    message = {"role": "tool", "content": "x", "tool_call_id": "y"}
+    message = {"role": "assistant", "content": "x", "function_call": {"name": "f"}}
     answer = client.post(CHAT, json={"messages": [*MESSAGES, message]})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (501, "messages[1].tool_call_id")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (501, "messages[1].function_call")
 
 
 def test_another_model_is_not_found(client: httpx.Client, server: ServerThread) -> None:
@@ -296,9 +425,10 @@ def test_another_model_is_not_found(client: httpx.Client, server: ServerThread) 
         error = client.post(path, json=body | {"model": "gpt-4"})
         assert (error.status_code, error.json()["error"]["code"]) == (404, "model_not_found")
         assert error.json()["error"]["param"] == "model"
-        both = client.post(path, json=body | {"model": "gpt-4", "temperature": 3, "logprobs": 3})
+        unsupported = "best_of" if path == COMPLETIONS else "store"
+        both = client.post(path, json=body | {"model": "gpt-4", "temperature": 3, unsupported: 3})
         assert both.status_code == 400
-        assert {item["param"] for item in both.json()["error"]["details"]} == {"model", "temperature", "logprobs"}
+        assert {item["param"] for item in both.json()["error"]["details"]} == {"model", "temperature", unsupported}
     assert server.service.seen == []
 
 

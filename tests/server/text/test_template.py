@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from server.text.template import ChatTemplate, TemplateError, flatten, message_problems
+from tests.server.text.known_templates import TEMPLATES
 
 MESSAGES = [{"role": "user", "content": "a <b> & 'c' é"}]
 
@@ -60,23 +61,62 @@ def test_a_template_cannot_change_the_messages_of_the_caller() -> None:
     assert messages == [{"role": "user", "content": "x"}]
 
 
-def test_agrees_with_transformers() -> None:
+TALK: list[dict[str, Any]] = [
+    {"role": "system", "content": " Be brief; é & <b> "},
+    {"role": "user", "content": "What's the weather in Łódź?\n"},
+    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nRain, 'perhaps'."},
+    {"role": "user", "content": "Sure?"},
+]
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "w", "arguments": {"city": "Łódź", "n": 1}}}
+        ],
+    },
+    {"role": "tool", "content": '{"rain": true}', "tool_call_id": "1"},
+]
+TOOLS = [{"type": "function", "function": {"name": "w", "description": "é <x>", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_agrees_with_transformers(name: str) -> None:
+    """Each template on each conversation: the same text, or the same refusal."""
     utilities = pytest.importorskip("transformers.utils.chat_template_utils")
-    source = (
-        (
-            "{%- if messages[0].role == 'system' %}\n  {{- messages[0].content + '\\n' }}\n{%- endif %}\n"
-            "{% for message in messages %}\n  {% if loop.first %}\nfirst {% endif %}\n"
-            "{{ message | tojson }} {{ message.content | trim }}\n{% endfor %}\n"
-            "{% generation %}{{ eos_token }}{% endgeneration %}{{ add_generation_prompt }}"
-        )
-        .replace("{% generation %}", "")
-        .replace("{% endgeneration %}", "")
-    )
-    messages = [{"role": "system", "content": " é & <"}, {"role": "user", "content": "x"}]
-    theirs, _ = utilities.render_jinja_template(
-        [messages], chat_template=source, add_generation_prompt=True, eos_token="E"
-    )
-    assert render(source, messages, eos_token="E") == theirs[0]
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    template = ChatTemplate(TEMPLATES[name], special)
+    outcomes = []
+    for talk in (TALK, TALK[1:], TALK[1:2], TALK[1:3], CALLED, [*TALK, TALK[1]]):
+        for generate in (True, False):
+            for tools in (None, TOOLS):
+                try:
+                    rendered = utilities.render_jinja_template(
+                        [talk], tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=generate, **special
+                    )
+                    theirs = rendered[0][0] if isinstance(rendered, tuple) else rendered[0]
+                except Exception:
+                    with pytest.raises(TemplateError):
+                        template.render(flatten(talk), generate, tools)
+                    outcomes.append(None)
+                    continue
+                ours = template.render(flatten(talk), generate, tools)
+                assert ours == theirs
+                outcomes.append(ours)
+    assert sum(outcome is not None for outcome in outcomes) >= 12
+    assert len(set(outcomes)) >= 5
+
+
+def test_arguments_of_calls_are_objects_to_templates() -> None:
+    """OpenAI's clients send them back as JSON; what is none stays text."""
+    call = {"id": "1", "function": {"name": "f", "arguments": '{"a": [1]}'}}
+    (flat,) = flatten([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert flat["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": [1]}}
+    assert call["function"]["arguments"] == '{"a": [1]}'  # type: ignore[index]
+    call["function"]["arguments"] = "{a"  # type: ignore[index]
+    (flat,) = flatten([{"role": "assistant", "content": "", "tool_calls": [call]}])
+    assert flat["tool_calls"][0]["function"]["arguments"] == "{a"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,95 @@
+"""Grammars: which tokens may come next so that the whole output matches. By llguidance, in the engine's process.
+
+What crosses the boundary is the specification, as llguidance writes it (`SamplingParams.grammar`); the HTTP process has
+found it sound (server/text/grammar.py). Where a stream stands in its grammar follows from its output tokens alone, so
+preemption, a failed step or a new engine change nothing.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+MAX_CACHED = 64
+
+
+class GrammarError(Exception):
+    """The grammar cannot be used, or has become too complex on the way: one line for the log."""
+
+
+def limits() -> llguidance.LLParserLimits:
+    """What a grammar may cost: about 50 ms to begin with, and 20 ms a token."""
+    return llguidance.LLParserLimits(
+        max_items_in_row=2000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=50_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+
+
+class Matcher:
+    """One stream's way through its grammar. Owns how far it has come."""
+
+    def __init__(self, fresh: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = fresh
+        self._words = -(-vocab_size // 32)
+        self._num_consumed = 0
+
+    def mask(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.uint32]:
+        """After this output, a bit for each token that may come next, as SamplingMetadata.masks has them.
+
+        Raises GrammarError when the grammar does not go on from there, or is too complex to tell.
+        """
+        if len(output_token_ids) < self._num_consumed:
+            self._matcher.reset()
+            self._num_consumed = 0
+        new = list(output_token_ids[self._num_consumed :])
+        if new and not self._matcher.consume_tokens(new):
+            raise GrammarError(f"the output does not match its grammar: {_one_line(self._matcher.get_error())}")
+        self._num_consumed = len(output_token_ids)
+        words = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)[: self._words]
+        if self._matcher.is_error():
+            raise GrammarError(f"the grammar has become too complex: {_one_line(self._matcher.get_error())}")
+        if not words.any():
+            raise GrammarError("the grammar leaves no token to go on with")
+        return words
+
+
+class Grammars:
+    """Makes matchers. Owns the tokenizer's table, and the compiled grammars that were asked for last."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """vocab_size: of the model, which may have more rows than the tokenizer has tokens. Raises GrammarError."""
+        self._vocab_size = vocab_size
+        try:
+            self._tokenizer = llguidance.LLTokenizer(
+                tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None
+            )
+        except Exception as error:  # the library raises what it likes
+            raise GrammarError(f"grammars cannot be used with this tokenizer: {_one_line(str(error))}") from error
+        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+
+    def matcher(self, grammar: str) -> Matcher:
+        """At the begin of an output. Raises GrammarError."""
+        fresh = self._compiled.get(grammar)
+        if fresh is None:
+            fresh = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits())
+            if fresh.is_error():
+                raise GrammarError(_one_line(fresh.get_error()))
+            self._compiled[grammar] = fresh
+            if len(self._compiled) > MAX_CACHED:
+                self._compiled.popitem(last=False)
+        else:
+            self._compiled.move_to_end(grammar)
+        return Matcher(fresh.deep_copy(), self._vocab_size)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:200]
