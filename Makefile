@@ -20,8 +20,8 @@ serve: $(VENV)/.serve $(KERNELS)
 COMPUTE := tests/kernels tests/models tests/simulation tests/server/engine tests/end_to_end/test_triton.py
 test: $(VENV)/.dev $(KERNELS)
 ifeq ($(ARGS),)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(COMPUTE)
-	$(BIN)/python -m pytest $(addprefix --ignore ,$(COMPUTE))
+	$(BIN)/python -m pytest --durations 10 --numprocesses 2 --dist loadfile $(COMPUTE)
+	$(BIN)/python -m pytest --durations 10 $(addprefix --ignore ,$(COMPUTE))
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -50,7 +50,9 @@ def vllm(python: Path, folder: Path, environment: dict[str, str]) -> Server:
     def command(port: int) -> list[str]:
         flags = {"dtype": vllm_dtype(), "max-model-len": CONTEXT, "max-num-seqs": MAX_STREAMS, "port": port}
         pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-        return [str(python.parent / "vllm"), "serve", str(folder / "hf"), "--host", "127.0.0.1", *pairs]
+        # Its command `vllm` looks for a package of that name, which the CPU build's is not.
+        module = [str(python), "-m", "vllm.entrypoints.openai.api_server"]
+        return [*module, "--model", str(folder / "hf"), "--host", "127.0.0.1", *pairs]
 
     return Server("vllm", command, "/health", 900.0, environment)
 
