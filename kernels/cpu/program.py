@@ -94,6 +94,11 @@ _VIEWS = frozenset(
 
 
 class _NothingComputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled by torch here; to have it skip this class it would import its compiler, which takes seconds.
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,3 +138,12 @@ def _chain(ops: CpuOps, ids: Tensor, weight: object, count: int) -> Tensor:
     for _ in range(count - 1):
         x = ops.rms_norm(x, ONES, 1e-6)  # type: ignore[assignment]
     return x
+
+
+def test_an_engine_starts_without_torchs_compiler() -> None:
+    # Importing it takes longer than all else that a small model needs to start.
+    script = (
+        "import sys; from server.engine.build import build_engine; from server.engine.config import EngineConfig; "
+        "build_engine(EngineConfig(model='stet-tales', device='cpu')); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
