@@ -96,7 +96,7 @@ _VIEWS = frozenset(
 class _NothingComputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Nothing is compiled by torch here; to have it skip this class it would import its compiler, which takes seconds.
+        # torch compiles nothing here. To have its compiler skip this class it would import it, which takes seconds.
         return False
 
     def __torch_dispatch__(
