@@ -27,6 +27,7 @@ from kernels.checks import (
     check_weight,
     rows_of,
 )
+from kernels.experts import SeparateExperts
 from kernels.int8 import dequantize_rows, quantize_rows
 from kernels.ops import (
     Activations,
@@ -82,31 +83,8 @@ class ReferenceLinear:
         return sum(tensor.nbytes for tensor in (self.weight, self.scales, self.bias) if tensor is not None)
 
 
-@dataclass(frozen=True, slots=True)
-class ReferenceExperts:
-    """A weight [N, K] for each expert."""
-
-    each: list[ReferenceLinear]
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.each)
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.each[0].out_features
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.each[0].in_features
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return sum(weight.nbytes for weight in self.each)
+class ReferenceExperts(SeparateExperts[ReferenceLinear]):
+    """One `ReferenceLinear` an expert."""
 
 
 @dataclass(slots=True)

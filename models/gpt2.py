@@ -3,12 +3,11 @@ and weights that its checkpoints hold transposed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels.ops import AttentionPlan, KVCache, Ops, QuantizationMode, QuantizedWeight
-from models.config import ModelConfig
+from kernels.ops import AttentionPlan, KVCache, QuantizedWeight
 from models.decoder import PreNormDecoder, PreNormLayer
 from models.layers import MLP, Attention
 from models.slots import Precision, Rows, Slot
@@ -17,16 +16,7 @@ from models.slots import Precision, Rows, Slot
 class GPT2(PreNormDecoder[PreNormLayer]):
     """A stack of pre-norm decoder layers over token vectors and position vectors."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        ops: Ops,
-        quantization: QuantizationMode = "none",
-        keep: Callable[[str], bool] | None = None,
-    ) -> None:
-        """As `Decoder`."""
-        super().__init__(config, ops, quantization, keep)
-        self.positions: Tensor
+    positions: Tensor
 
     def layer(self, number: int, precision: Precision) -> PreNormLayer:
         """Make one layer."""

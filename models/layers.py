@@ -141,7 +141,7 @@ class Linear:
         self.weight: LinearWeight
         shape = (self.out_features, in_features)
         self.transposed = transposed
-        self._weight_rows: Rows | Int8Rows | Columns
+        self._weight_rows: Rows | Int8Rows
         if transposed:
             self._weight_rows = Columns(shape)
         else:
@@ -160,9 +160,7 @@ class Linear:
             start += rows
         return slots
 
-    def _slot(
-        self, rows: Rows | Int8Rows | Columns, start: int, shape: tuple[int, ...], mode: QuantizationMode
-    ) -> Slot:
+    def _slot(self, rows: Rows | Int8Rows, start: int, shape: tuple[int, ...], mode: QuantizationMode) -> Slot:
         def put(first: int, piece: Tensor | QuantizedWeight) -> None:
             rows.put(start + first, piece)
             self._prepare_if_complete()

@@ -76,7 +76,7 @@ class Rows:
     def __init__(self, shape: tuple[int, ...], order: Tensor | None = None) -> None:
         self.shape = shape
         self.order = order
-        self.missing = shape[0]
+        self.total = self.missing = shape[0]
         self.buffer: Tensor | None = None
 
     @property
@@ -84,22 +84,25 @@ class Rows:
         return self.missing == 0
 
     def put(self, start: int, piece: Tensor | QuantizedWeight) -> None:
-        """Copy a piece to the rows from `start` on."""
+        """Copy a piece to where the rows from `start` on belong."""
         if isinstance(piece, QuantizedWeight):
             raise ValueError("piece is quantized; this tensor takes unquantized rows")
         if self.buffer is None:
             self.buffer = torch.empty(self.shape, dtype=piece.dtype)
         elif self.buffer.dtype != piece.dtype:
             self.buffer = self.buffer.to(torch.promote_types(self.buffer.dtype, piece.dtype))
-        self.buffer[places(self.order, start, piece.shape[0])] = piece
+        self._copy(self.buffer, start, piece)
         self.missing -= piece.shape[0]
+
+    def _copy(self, buffer: Tensor, start: int, piece: Tensor) -> None:
+        buffer[places(self.order, start, piece.shape[0])] = piece
 
     def take(self) -> Tensor:
         """Hand out the whole tensor and forget it. Raises RuntimeError if nothing has arrived."""
         if self.buffer is None:
             raise RuntimeError("a weight was taken before it arrived")
         buffer, self.buffer = self.buffer, None
-        self.missing = self.shape[0]
+        self.missing = self.total
         return buffer
 
 
@@ -148,35 +151,16 @@ class Int8Rows:
         return weight
 
 
-class Columns:
+class Columns(Rows):
     """A weight [N, K] that arrives transposed, some rows of [K, N] at a time. Kept unquantized until it is whole, for
     its scales are those of the columns that come."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self.missing = shape[1]
-        self.buffer: Tensor | None = None
+        super().__init__(shape)
+        self.total = self.missing = shape[1]
 
-    @property
-    def complete(self) -> bool:
-        return self.missing == 0
-
-    def put(self, start: int, piece: Tensor | QuantizedWeight) -> None:
-        """Copy rows of [K, N] to the columns from `start` on."""
-        if isinstance(piece, QuantizedWeight):
-            raise ValueError("piece is quantized; this tensor takes unquantized rows")
-        if self.buffer is None:
-            self.buffer = torch.empty(self.shape, dtype=piece.dtype)
-        self.buffer[:, start : start + piece.shape[0]] = piece.T
-        self.missing -= piece.shape[0]
-
-    def take(self) -> Tensor:
-        """Hand out the whole weight and forget it. Raises RuntimeError if nothing has arrived."""
-        if self.buffer is None:
-            raise RuntimeError("a weight was taken before it arrived")
-        buffer, self.buffer = self.buffer, None
-        self.missing = self.shape[1]
-        return buffer
+    def _copy(self, buffer: Tensor, start: int, piece: Tensor) -> None:
+        buffer[:, start : start + piece.shape[0]] = piece.T
 
 
 def places(order: Tensor | None, start: int, count: int) -> Tensor | slice:

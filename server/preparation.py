@@ -1,6 +1,6 @@
 """What a request asks for, held to the model's limits and resolved: every parameter with its value, every problem.
 
-In two stages: `problems` needs no tokens and takes no time; `prompt` and `params` come after admission.
+In two stages: `problems` needs no tokens and takes no time; `resolve` comes after admission.
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ class Preparation:
             for where, allowed in message_problems(request.messages):
                 found.append(Problem(where, f"{where} must be {allowed}.", None, allowed))
         return found
+
+    async def resolve(self, request: GenerationRequest) -> tuple[list[int], SamplingParams]:
+        """The prompt's tokens, and every parameter with its value. Raises Refusal."""
+        prompt = await self.prompt(request)
+        return prompt, self.params(request, prompt, await self.grammar(request))
 
     async def prompt(self, request: GenerationRequest) -> list[int]:
         """Template and tokens; a long text in a thread, where the tokenizer lets others run. Raises Refusal."""

@@ -321,8 +321,7 @@ class Service:
             job = Job(request, began, self._metrics)
             self._jobs.add(job)
             preparation = self._preparation_of(ready, text)
-            prompt_ids = await preparation.prompt(request)
-            params = preparation.params(request, prompt_ids, await preparation.grammar(request))
+            prompt_ids, params = await preparation.resolve(request)
             if job.cancelled:
                 raise self._not_ready()
             deadline = self._deadline(request, ready, began)
@@ -400,8 +399,7 @@ class Service:
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
         preparation = self._preparation_of(ready, text)
-        prompt_ids = await preparation.prompt(request)
-        params = preparation.params(request, prompt_ids, await preparation.grammar(request))
+        prompt_ids, params = await preparation.resolve(request)
         mailbox = self._client.open(
             prompt_ids, params, tenant=request.tenant, cache_salt=request.cache_salt, dry_run=True
         )
@@ -493,8 +491,7 @@ class Service:
         checked: list[GenerationRequest] = []
         for position, request in enumerate(requests):
             try:
-                prompt = await preparation.prompt(request)
-                preparation.params(request, prompt, await preparation.grammar(request))
+                prompt, _ = await preparation.resolve(request)
             except Refusal as refusal:
                 names = {name: f"{name}[{position}]" for name in ("prompt", "prompt_token_ids")}
                 problems = [

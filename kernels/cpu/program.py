@@ -63,11 +63,6 @@ class Program:
         self._token_ids = token_ids
         self._result = result.as_strided((recording.max_tokens, *result.shape[1:]), result.stride())
 
-    @property
-    def num_commands(self) -> int:
-        """How many operations a step takes."""
-        return self._count
-
     def __call__(self, token_ids: Tensor, plan: CpuPlan) -> Tensor:
         """token_ids int64 [T] -> what the recorded forward pass returns for them, [T, ...]. Raises ValueError if there
         are more tokens, longer sequences or other blocks than it was recorded for."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from kernels.cuda.common import TRITON_TYPES, round_to
 from kernels.cuda.compile import Variant
 from kernels.cuda.linear import CudaLinear, chain
+from kernels.experts import StackedExperts
 from kernels.ops import QuantizationMode, QuantizedActivations
 
 BLOCK_N = 64
@@ -30,27 +31,8 @@ NUM_STAGES = 3
 COMBINE_BLOCK = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class CudaExperts:
-    """Experts one after the other along the output features of one weight [E * N, K]."""
-
-    num_experts: int
-    stacked: CudaLinear
-
-    @property
-    def out_features(self) -> int:
-        """N, of one expert."""
-        return self.stacked.out_features // self.num_experts
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.stacked.in_features
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return self.stacked.nbytes
+class CudaExperts(StackedExperts[CudaLinear]):
+    """One weight, as `kernels.cuda.linear` reads it."""
 
 
 @dataclass(frozen=True, slots=True)

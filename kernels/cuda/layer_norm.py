@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.checks import check_layer_norm
 from kernels.cuda.common import round_to
 from kernels.cuda.compile import Variant
-from kernels.cuda.norm import MAX_HIDDEN, check_rows, row_launch
+from kernels.cuda.norm import MAX_HIDDEN, check_rows, row_launch, sum_buffer
 
 
 @triton.jit
@@ -67,14 +67,7 @@ def layer_norm(
     rows, hidden = x.shape
     if hidden > MAX_HIDDEN:
         raise ValueError(f"x has rows of {hidden} elements; LayerNorm takes up to {MAX_HIDDEN}")
-    total = x
-    if residual is not None:
-        if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
-            raise ValueError(
-                f"residual must be {tuple(x.shape)} {x.dtype}, contiguous, as x is; got {tuple(residual.shape)} "
-                f"{residual.dtype}"
-            )
-        total = torch.empty_like(x)
+    total = sum_buffer(x, residual)
     out = torch.empty_like(x)
     if rows:
         block, warps = row_launch(hidden, MAX_HIDDEN)

@@ -122,6 +122,18 @@ def _quantize(
         tl.store(out_ptr + start + first + column, quantize_values(x, inverse), mask=inside)
 
 
+def sum_buffer(x: Tensor, residual: Tensor | None) -> Tensor:
+    """Where x + residual goes: x itself without one. Raises ValueError for a residual that is not as x is."""
+    if residual is None:
+        return x
+    if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
+        raise ValueError(
+            f"residual must be {tuple(x.shape)} {x.dtype}, contiguous, as x is; got {tuple(residual.shape)} "
+            f"{residual.dtype}"
+        )
+    return torch.empty_like(x)
+
+
 def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, quantize: bool
 ) -> tuple[Activations, Tensor]:
@@ -141,14 +153,7 @@ def rms_norm(
         raise ValueError(f"x has rows of {hidden} elements; RMSNorm takes up to {MAX_HIDDEN}")
     if weight.shape != (hidden,) or not weight.is_contiguous():
         raise ValueError(f"weight must be [{hidden}], contiguous, got {tuple(weight.shape)}")
-    total = x
-    if residual is not None:
-        if residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous():
-            raise ValueError(
-                f"residual must be {tuple(x.shape)} {x.dtype}, contiguous, as x is; got {tuple(residual.shape)} "
-                f"{residual.dtype}"
-            )
-        total = torch.empty_like(x)
+    total = sum_buffer(x, residual)
     out = torch.empty_like(x, dtype=torch.int8) if quantize else torch.empty_like(x)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device) if quantize else None
     if rows:

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from kernels.experts import SeparateExperts
 from kernels.portable.elementwise import exp_
 from kernels.portable.linear import PortableLinear
 
 
-@dataclass(frozen=True, slots=True)
-class PortableExperts:
-    """A weight [N, K] for each expert."""
-
-    each: list[PortableLinear]
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return len(self.each)
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.each[0].out_features
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.each[0].in_features
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all."""
-        return sum(weight.nbytes for weight in self.each)
+class PortableExperts(SeparateExperts[PortableLinear]):
+    """One `PortableLinear` an expert."""
 
 
 def route(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -109,8 +109,8 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
 
     warmup_started = time.perf_counter()
     core, kv_plan = start_core(device, model, config, kv_dtype, report, on_step_start)
-    seconds["warmup"] = time.perf_counter() - warmup_started
     core.grammars = _grammars(path, model.config.vocab_size, core.scheduler.config.eos_token_ids)
+    seconds["warmup"] = time.perf_counter() - warmup_started
 
     return Engine(
         core=core,

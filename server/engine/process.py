@@ -370,8 +370,8 @@ def _gauges(core: EngineCore) -> Gauges:
 
 if __name__ == "__main__":
     exit_code = main(int(sys.argv[1]))
-    # Without the interpreter's own end: the heart may beat in the middle of it, and libraries with threads and state of
-    # their own were seen to abort there.
+    # Without the interpreter's own end: threads may still run then (the heartbeat's, the one that hands out the KV
+    # cache's memory), and one end of several was seen to abort.
     logging.shutdown()
     sys.stderr.flush()
     os._exit(exit_code)

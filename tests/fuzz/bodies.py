@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import schemathesis
 import schemathesis.transport.requests
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from schemathesis import GenerationMode
 
 from loadtests.processes import RunningServer
+from tests.fuzz.examples import examples
 
 if TYPE_CHECKING:
     from tests.fuzz.campaign import Report
@@ -40,14 +41,7 @@ def send_bodies(
 
 
 def _send(operation: Any, mode: Any, count: int, number: int, client: Any, report: Report) -> None:
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
+    @examples(count, number)
     @given(case=operation.as_strategy(generation_mode=mode))
     def send(case: Any) -> None:
         sent = case.as_transport_kwargs(base_url=str(client.base_url))

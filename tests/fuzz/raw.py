@@ -7,10 +7,11 @@ import random
 import time
 from typing import TYPE_CHECKING
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loadtests.processes import RunningServer
+from tests.fuzz.examples import examples
 from tests.server.http.wire import get, post
 
 if TYPE_CHECKING:
@@ -65,14 +66,7 @@ def make_raw(count: int, number: int) -> list[bytes]:
     """So many of them. Not in a thread: Python 3.11 cannot compile in two at once, and hypothesis compiles."""
     requests: list[bytes] = []
 
-    @seed(number)
-    @settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate],
-    )
+    @examples(count, number)
     @given(raw_requests() | st.binary(max_size=300))
     def make(data: bytes) -> None:
         requests.append(data)
