@@ -23,8 +23,7 @@ def describe_machine() -> dict[str, object]:
     return {
         "processor": names[0] if names else platform.processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "cores": cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("stet", "torch", "transformers")},
@@ -32,13 +31,24 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def read_bandwidth(num_bytes: int = 1 << 29, rounds: int = 7) -> float:
-    """Bytes a second at which all threads together read a buffer far larger than the caches; the best of `rounds`.
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    A reduction over float32 is bound by the reads alone; the best round is the one that was disturbed least.
+
+def read_bandwidth(num_bytes: int = 1 << 29, rounds: int = 7) -> float:
+    """Bytes a second at which all cores together read a buffer far larger than the caches; the best of `rounds`.
+
+    A reduction over float32 is bound by the reads alone; the best round is the one that was disturbed least. An engine
+    in this process may have left torch one thread: it gets that back.
     """
     buffer = torch.ones(num_bytes // 4, dtype=torch.float32)
-    return num_bytes / min(timed(buffer.sum) for _ in range(rounds))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    try:
+        return num_bytes / min(timed(buffer.sum) for _ in range(rounds))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def timed(function: Callable[[], object]) -> float:

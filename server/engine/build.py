@@ -45,6 +45,7 @@ Report = Callable[[str, str, float | None], None]
 # at least this many seconds: short enough not to be seen in a stream, long enough not to waste a step's fixed cost.
 MIXED_STEP_DECODE_STEPS = 2.0
 MIXED_STEP_MIN_SECONDS = 0.025
+WARMUP_CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +160,10 @@ def start_core(
     )
     device.warm_up(runner, lambda fraction: report("warmup", "preparing the kernels", fraction))
     report("warmup", "running the first steps", None)
-    measured = _warm_up(runner, scheduler_config, device.warmup_tokens)
+    measured = _warm_up(runner, scheduler_config, device.warmup_tokens, device.warmup_context)
     if config.mixed_step_tokens is None:
-        allowed = min(measured.mixed_step_tokens(block_size), config.max_tokens_per_step)
-        scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed)
+        allowed = min(measured.mixed_step_tokens, config.max_tokens_per_step)
+        scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed, attention_span=measured.attention_span)
     device.started()
     core = EngineCore(runner, Scheduler(scheduler_config), on_step_start=on_step_start)
     # So that the first steps are not taken for hung on a device where they are long.
@@ -197,39 +198,59 @@ def _best_mode(device: Device) -> QuantizationMode:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What the first steps took, in seconds: one decode row, and a prompt of `prefill_tokens`."""
+    """What the first steps took, in seconds: one decode row, a prompt of `prefill_tokens`, and a chunk of it at the
+    beginning and at position `context` (0: not measured)."""
 
     decode_seconds: float
     prefill_seconds: float
     prefill_tokens: int
+    first_chunk_seconds: float = 0.0
+    late_chunk_seconds: float = 0.0
+    context: int = 0
 
-    def mixed_step_tokens(self, block_size: int) -> int:
-        """How many prompt tokens may share a step with running streams: whole blocks, at least one."""
+    @property
+    def mixed_step_tokens(self) -> int:
+        """How many prompt tokens may share a step with running streams, at least one."""
         allowance = max(MIXED_STEP_MIN_SECONDS, MIXED_STEP_DECODE_STEPS * self.decode_seconds)
-        tokens = int(allowance * self.prefill_tokens / self.prefill_seconds)
-        return max(tokens // block_size, 1) * block_size
+        return max(int(allowance * self.prefill_tokens / self.prefill_seconds), 1)
+
+    @property
+    def attention_span(self) -> int | None:
+        """Where a prompt's token costs twice what it costs at the beginning; None: not known, or far away."""
+        added = self.late_chunk_seconds - self.first_chunk_seconds
+        if not self.context or added < 0.05 * self.first_chunk_seconds:
+            return None
+        return max(int(self.context * self.first_chunk_seconds / added), 1)
 
 
-def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int) -> WarmUp:
-    """Touch the weights and the operators' caches, then time one prompt and one decode step.
+def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int, warmup_context: int) -> WarmUp:
+    """Touch the weights and the operators' caches, then time one prompt, one decode step and two chunks.
 
-    The plans are made by hand on blocks that nobody owns yet; their contents are overwritten before they are read.
+    The plans are made by hand on blocks that nobody owns yet; their contents are overwritten before they are read. Far
+    along in a sequence its blocks may be the same ones again: what attention reads does not change its time.
     """
     prompt_len = max(1, min(warmup_tokens, config.max_model_len - 2, config.max_tokens_per_step))
-    blocks = tuple(range(-(-(prompt_len + 1) // config.block_size)))
+    chunk = min(WARMUP_CHUNK, prompt_len)
+    context = max(0, min(warmup_context, config.max_model_len - 2 - chunk))
     sampling = SamplingParams(max_new_tokens=2, temperature=1.0, top_k=50, top_p=0.9)
-    request = Request(0, [0] * prompt_len, sampling, output_token_ids=[0])
+    short = Request(0, [0] * prompt_len, sampling, output_token_ids=[0])
+    long = Request(1, [0] * (context + chunk), sampling, output_token_ids=[0])
 
-    def timed(start: int, num_new_tokens: int, samples: bool) -> float:
+    def timed(request: Request, start: int, num_new_tokens: int, samples: bool) -> float:
+        num_blocks = -(-(start + num_new_tokens) // config.block_size)
+        blocks = tuple(index % config.num_blocks for index in range(num_blocks))
         planned = PlannedRequest(request, start, num_new_tokens, blocks, samples, output_index=1)
         began = time.perf_counter()
         runner.launch(StepPlan(0, (planned,))).result()
         return time.perf_counter() - began
 
     for _ in range(2):
-        prefill = timed(0, prompt_len, False)
-        decode = min(timed(prompt_len, 1, True) for _ in range(2))
-    return WarmUp(decode, prefill, prompt_len)
+        prefill = timed(short, 0, prompt_len, False)
+        decode = min(timed(short, prompt_len, 1, True) for _ in range(2))
+    if not context:
+        return WarmUp(decode, prefill, prompt_len)
+    first, late = (min(timed(long, start, chunk, False) for _ in range(2)) for start in (0, context))
+    return WarmUp(decode, prefill, prompt_len, first, late, context)
 
 
 def _identity(

@@ -18,6 +18,8 @@ class SchedulerConfig:
     max_running               requests in one step at most
     max_tokens_per_step       tokens computed in one step at most
     mixed_step_tokens         prompt tokens beside running streams at most, so that a long prompt does not stall them
+    attention_span            position at which a prompt's token costs twice what one at its beginning does, for the
+                              keys that it sees, and counts twice beside streams; None: all count alike
     pipeline_depth            steps that may be planned before the first one's result is known: 1, or 2
     priority_aging_steps      a waiting request gains one priority for this many steps: nothing starves
     prefix_caching            whether finished prefixes are looked up and kept
@@ -30,6 +32,7 @@ class SchedulerConfig:
     max_running: int = 64
     max_tokens_per_step: int = 2048
     mixed_step_tokens: int = 256
+    attention_span: int | None = None
     pipeline_depth: int = 1
     priority_aging_steps: int = 64
     prefix_caching: bool = True
@@ -48,7 +51,7 @@ class EngineConfig:
     max_model_len     None: what the model was made for, as far as the memory carries one such sequence
     block_size        None: 16 on the CPU, 64 on CUDA
     kv_cache_bytes    None: a share of the memory that is free once the weights are loaded
-    mixed_step_tokens None: measured at warm-up
+    mixed_step_tokens None: measured at warm-up, with what attention adds along a prompt
     heartbeat_seconds time from one sign of life to the next
     log_format        "text" or "json", like the server's own lines
     threads           CPU threads of the engine; None: the physical cores this process may use

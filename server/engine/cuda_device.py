@@ -40,6 +40,7 @@ class CudaDevice:
 
     block_size = 64
     pipeline_depth = 2
+    warmup_context = 0  # hundreds of prompt tokens fit beside streams: few contexts are long enough to matter
 
     def __init__(self, dtype: torch.dtype | None, deterministic: bool) -> None:
         self.ops = CudaOps(dtype or torch.bfloat16, deterministic)

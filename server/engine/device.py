@@ -35,11 +35,13 @@ class Device(Protocol):
     block_size      tokens of a KV block, unless the settings say otherwise
     pipeline_depth  steps in flight: 2 where the device computes beside the host
     warmup_tokens   length of the prompt that is timed before the first request
+    warmup_context  position in a prompt up to which it is timed what attention adds; 0: nowhere
     """
 
     block_size: int
     pipeline_depth: int
     warmup_tokens: int
+    warmup_context: int
 
     @property
     def ops(self) -> Ops:
@@ -87,6 +89,7 @@ class CpuDevice:
     block_size = 16
     pipeline_depth = 1
     warmup_tokens = 256
+    warmup_context = 2048
 
     def __init__(self, dtype: torch.dtype | None, threads: int | None) -> None:
         self._dtype = dtype

@@ -24,6 +24,7 @@ from server.engine.config import SchedulerConfig
 from server.engine.fair_queue import FairQueue
 from server.engine.plan import PlannedRequest, RequestOutput, StepCounters, StepPlan, StepResult
 from server.engine.request import FinishReason, Request, RequestStatus
+from server.engine.step_budget import StepBudget
 
 __all__ = ["AdmissionError", "Scheduler", "StepCounters"]
 
@@ -183,26 +184,24 @@ class Scheduler:
                 rows.append(self._plan(entry, num_computed, num_tokens))
 
         # Then whoever has more to catch up, within what is left: little beside streams, so that they do not stall.
-        budget = config.max_tokens_per_step - len(rows)
-        if streaming or only is not None:
-            budget = min(budget, config.mixed_step_tokens)
+        allowance = config.mixed_step_tokens if streaming or only is not None else None
+        budget = StepBudget(config.max_tokens_per_step - len(rows), allowance, config.attention_span)
         for entry in catching_up:
             request = entry.request
             num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
             if num_tokens - num_computed > 1 and request.status is RequestStatus.RUNNING:
                 room = len(request.block_ids) * config.block_size - num_computed
-                num_new_tokens = min(num_tokens - num_computed, budget, room)
+                num_new_tokens = budget.take(num_computed, min(num_tokens - num_computed, room))
                 if num_new_tokens:
                     rows.append(self._plan(entry, num_computed, num_computed + num_new_tokens))
-                    budget -= num_new_tokens
 
         # Then newcomers, unless memory is short: what a preemption has freed is not for them.
         if only is None and not short_of_blocks and not preempted:
             while budget and (admitted := self._admit()) is not None:
                 request = admitted.request
                 num_computed = request.num_computed_tokens
-                rows.append(self._plan(admitted, num_computed, min(request.num_tokens, num_computed + budget)))
-                budget -= rows[-1].num_new_tokens
+                num_new_tokens = budget.take(num_computed, request.num_tokens - num_computed)
+                rows.append(self._plan(admitted, num_computed, num_computed + num_new_tokens))
 
         if not rows:
             return None

@@ -157,8 +157,13 @@ class Watch:
             require(needs_block, "a stream waits and needs nothing: request", request.request_id)
             require(scheduler.pool.num_available == 0, "a stream waits for a block that is there:", request.request_id)
         if plan is not None and any(request.status is RequestStatus.RUNNING for request in self.due):
-            prompts = sum(planned.num_new_tokens for planned in plan.requests if planned.num_new_tokens > 1)
-            require(prompts <= self.world.config.mixed_step_tokens, "prompts beside streams:", prompts)
+            config = self.world.config
+            prompts = [planned for planned in plan.requests if planned.num_new_tokens > 1]
+            costs = [
+                each.num_new_tokens * (1 + (each.start / config.attention_span if config.attention_span else 0))
+                for each in prompts
+            ]
+            require(sum(costs) <= config.mixed_step_tokens + 1e-9, "prompts beside streams:", costs)
 
     def _rank(self, known: Known) -> tuple[int, int, int]:
         aging = self.world.config.priority_aging_steps

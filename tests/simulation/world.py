@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.engine.config import SchedulerConfig
 from server.engine.request import Request, SamplingParams
@@ -78,6 +78,7 @@ def make_world(seed: int) -> World:
     extra_draws = rng.choice((0, 0, 0, 1, 3)) if config.pipeline_depth == 1 else 0
     arrivals = tuple(_arrivals(rng, config, calm))
     digest = full_digest if bits is None else truncated_digest(bits)
+    config = replace(config, attention_span=random.Random(f"span {seed}").choice((None, None, 3, 20)))
     return World(seed, config, digest, arrivals, chances, extra_draws, rng)
 
 
