@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from models.config import ModelConfig
 from models.errors import ModelError
 from models.layers import DecoderModel
 from models.loader import LoadProgress, load_config, load_model, resolve_mode, resolve_model, weights_hash
-from server.engine.config import EngineConfig, SchedulerConfig, StartupError
+from server.engine.config import EngineConfig, SchedulerConfig, StartupError, StepTimes
 from server.engine.core import EngineCore
 from server.engine.device import Device, make_device
 from server.engine.dtypes import dtype_name
@@ -45,6 +46,16 @@ Report = Callable[[str, str, float | None], None]
 # at least this many seconds: short enough not to be seen in a stream, long enough not to waste a step's fixed cost.
 MIXED_STEP_DECODE_STEPS = 2.0
 MIXED_STEP_MIN_SECONDS = 0.025
+
+# How many rows are timed together at warm-up: about as many as a step has that several tenants share.
+SHARED_STEP_ROWS = 8
+
+# And how often, or for how long, where a step takes long.
+DECODE_ROUNDS = 20
+DECODE_ROUNDS_SECONDS = 0.1
+
+# A row of a shared step is taken for at least this part of a step of one, whatever a busy machine made of the rounds.
+LEAST_ROW_PART = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +171,7 @@ def start_core(
     device.warm_up(runner, lambda fraction: report("warmup", "preparing the kernels", fraction))
     report("warmup", "running the first steps", None)
     measured = _warm_up(runner, scheduler_config, device.warmup_tokens)
+    scheduler_config = replace(scheduler_config, step_times=measured.step_times())
     if config.mixed_step_tokens is None:
         allowed = min(measured.mixed_step_tokens(block_size), config.max_tokens_per_step)
         scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed)
@@ -197,9 +209,11 @@ def _best_mode(device: Device) -> QuantizationMode:
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What the first steps took, in seconds: one decode row, and a prompt of `prefill_tokens`."""
+    """What the first steps took, in seconds: one decode row, `num_rows` of them, and a prompt of `prefill_tokens`."""
 
     decode_seconds: float
+    rows_seconds: float
+    num_rows: int
     prefill_seconds: float
     prefill_tokens: int
 
@@ -209,27 +223,46 @@ class WarmUp:
         tokens = int(allowance * self.prefill_tokens / self.prefill_seconds)
         return max(tokens // block_size, 1) * block_size
 
+    def step_times(self) -> StepTimes:
+        """What tenants share a step by. Of rows that come almost for nothing, a step has many."""
+        decode_ns, token_ns = int(self.decode_seconds * 1e9), int(self.prefill_seconds / self.prefill_tokens * 1e9)
+        more_ns = int((self.rows_seconds - self.decode_seconds) * 1e9) // max(self.num_rows - 1, 1)
+        row_ns = min(max(more_ns, decode_ns // LEAST_ROW_PART, 1), decode_ns)
+        return StepTimes(decode_ns - row_ns, row_ns, max(token_ns, 1))
+
 
 def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int) -> WarmUp:
-    """Touch the weights and the operators' caches, then time one prompt and one decode step.
+    """Touch the weights and the operators' caches, then time one prompt and decode steps of one row and of several.
 
     The plans are made by hand on blocks that nobody owns yet; their contents are overwritten before they are read.
     """
     prompt_len = max(1, min(warmup_tokens, config.max_model_len - 2, config.max_tokens_per_step))
     blocks = tuple(range(-(-(prompt_len + 1) // config.block_size)))
     sampling = SamplingParams(max_new_tokens=2, temperature=1.0, top_k=50, top_p=0.9)
-    request = Request(0, [0] * prompt_len, sampling, output_token_ids=[0])
+    num_rows = min(config.max_running, SHARED_STEP_ROWS)
+    requests = [Request(index, [0] * prompt_len, sampling, output_token_ids=[0]) for index in range(num_rows)]
 
-    def timed(start: int, num_new_tokens: int, samples: bool) -> float:
-        planned = PlannedRequest(request, start, num_new_tokens, blocks, samples, output_index=1)
+    def timed(start: int, num_new_tokens: int, samples: bool, num_requests: int = 1) -> float:
+        planned = tuple(
+            PlannedRequest(request, start, num_new_tokens, blocks, samples, output_index=1)
+            for request in requests[:num_requests]
+        )
         began = time.perf_counter()
-        runner.launch(StepPlan(0, (planned,))).result()
+        runner.launch(StepPlan(0, planned)).result()
         return time.perf_counter() - began
 
     for _ in range(2):
         prefill = timed(0, prompt_len, False)
-        decode = min(timed(prompt_len, 1, True) for _ in range(2))
-    return WarmUp(decode, prefill, prompt_len)
+        decode, _ = timed(prompt_len, 1, True), timed(prompt_len, 1, True, num_rows)
+    # Side by side, several times: what else runs on the machine then makes both longer, and some of them neither.
+    ratios: list[float] = []
+    began = time.perf_counter()
+    while len(ratios) < DECODE_ROUNDS and time.perf_counter() - began < DECODE_ROUNDS_SECONDS:
+        one = timed(prompt_len, 1, True)
+        ratios.append(timed(prompt_len, 1, True, num_rows) / one)
+        decode = min(decode, one)
+    rows = decode * statistics.median(ratios)
+    return WarmUp(decode, rows, num_rows, prefill, prompt_len)
 
 
 def _identity(
