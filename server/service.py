@@ -564,6 +564,11 @@ class Service:
             return Refusal("deadline", [Problem("deadline_ms", "The deadline passed before the first token.")])
         if job.cancelled:
             return self._not_ready()
+        if job.refused and job.error is not None:
+            # The engine has the last word: with its own tokens a grammar may cost more than it did here.
+            kind = job.grammar_param
+            code: ErrorCode = "invalid_request" if kind is None else "unsupported_grammar"
+            return Refusal(code, [Problem(kind, f"{job.error}.", None, "another grammar" if kind else None)])
         return Refusal("internal", [Problem(None, job.error or "The engine could not carry out this request.")])
 
     def _capacity(self, ready: Ready) -> int:

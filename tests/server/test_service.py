@@ -307,6 +307,27 @@ def test_problems_that_need_the_tokens(
     run(tmp_path, test, max_model_len=100)
 
 
+@pytest.mark.parametrize(
+    ("request_", "code", "param"),
+    [
+        (GenerationRequest(prompt="x", grammar=("regex", "a+"), n=2), "unsupported_grammar", "regex"),
+        (GenerationRequest(prompt="x"), "invalid_request", None),
+    ],
+)
+def test_what_the_engine_refuses_is_the_clients_to_mend(
+    tmp_path: Path, request_: GenerationRequest, code: str, param: str | None
+) -> None:
+    """It has the last word: with the model's tokens a grammar may be too complex that was none without them."""
+
+    async def test(server: Server) -> None:
+        with pytest.raises(Refusal, match="too much") as caught:
+            await collect(server.service, request_)
+        assert (caught.value.code, caught.value.problems[0].param) == (code, param)
+        assert server.books.outcomes == {code: 1}
+
+    run(tmp_path, test, refuse="it is too much")
+
+
 def test_the_cache_may_hold_less_than_the_model_allows(tmp_path: Path) -> None:
     async def test(server: Server) -> None:
         assert server.service.info()["context_length"] == 65
