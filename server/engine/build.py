@@ -51,8 +51,8 @@ MIXED_STEP_MIN_SECONDS = 0.025
 SHARED_STEP_ROWS = 8
 
 # And how often, or for how long, where a step takes long.
-DECODE_ROUNDS = 20
-DECODE_ROUNDS_SECONDS = 0.1
+DECODE_ROUNDS = 30
+DECODE_ROUNDS_SECONDS = 0.2
 
 # A row of a shared step is taken for at least this part of a step of one, whatever a busy machine made of the rounds.
 LEAST_ROW_PART = 64
@@ -111,6 +111,7 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
         report("load", f"loading {config.model}", progress.loaded_bytes / max(progress.total_bytes, 1))
 
     model_config = load_config(path)
+    check_length(config, model_config)  # before minutes of loading
     mode = quantization_mode(config.quantization, model_config, device)
     config = replace(config, quantization=mode)
     kv_dtype = device.kv_cache_dtype(config.kv_cache_dtype, model_config)  # before minutes of loading
@@ -181,6 +182,16 @@ def start_core(
     core.cost.observe(1, measured.decode_seconds)
     core.cost.observe(measured.prefill_tokens, measured.prefill_seconds)
     return core, kv_plan
+
+
+def check_length(config: EngineConfig, model: ModelConfig) -> None:
+    """Raise StartupError where --max-model-len is within what config.json says and beyond what is served of it."""
+    asked, served, scaling = config.max_model_len, model.max_position_embeddings, model.rope_scaling
+    if asked is not None and asked > served and scaling is not None and scaling.kind == "longrope":
+        raise StartupError(
+            f"--max-model-len {asked} is not supported: this model's rope_scaling is longrope, which rotates sequences "
+            f"beyond {served} tokens by other frequencies, and only those up to there are served"
+        )
 
 
 def quantization_mode(asked: str | None, model: ModelConfig, device: Device) -> QuantizationMode:
@@ -254,14 +265,17 @@ def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int) ->
     for _ in range(2):
         prefill = timed(0, prompt_len, False)
         decode, _ = timed(prompt_len, 1, True), timed(prompt_len, 1, True, num_rows)
-    # Side by side, several times: what else runs on the machine then makes both longer, and some of them neither.
-    ratios: list[float] = []
+    # Side by side, several times. Whatever else runs on the machine meanwhile makes steps longer, all of them or some:
+    # so the larger of two ratios is taken, and a shared step has rather too few rows than too many.
+    ones: list[float] = []
+    several: list[float] = []
     began = time.perf_counter()
-    while len(ratios) < DECODE_ROUNDS and time.perf_counter() - began < DECODE_ROUNDS_SECONDS:
-        one = timed(prompt_len, 1, True)
-        ratios.append(timed(prompt_len, 1, True, num_rows) / one)
-        decode = min(decode, one)
-    rows = decode * statistics.median(ratios)
+    while len(ones) < DECODE_ROUNDS and time.perf_counter() - began < DECODE_ROUNDS_SECONDS:
+        ones.append(timed(prompt_len, 1, True))
+        several.append(timed(prompt_len, 1, True, num_rows))
+    decode = min(decode, *ones)
+    ratios = (many / one for many, one in zip(several, ones, strict=True))
+    rows = decode * max(statistics.median(ratios), min(several) / min(ones))
     return WarmUp(decode, rows, num_rows, prefill, prompt_len)
 
 
