@@ -190,11 +190,11 @@ class Watch:
     def _check_shares(self, plan: StepPlan, scheduler: Scheduler) -> None:
         """A flood does not make the step of the others long: it is at most half as long again as the shortest of the
         tenants' own steps, or as long as if each did as much as that one; and what is left out of it belongs to a
-        tenant that got as much as any. All but for one row and one token a tenant."""
+        tenant that got as much as any. All but for one row and two tokens a tenant."""
         times, places = self.world.config.step_times, self._places()
         if len(places) < 2 or scheduler.pool.num_available == 0 or plan.preempted_ids:
             return
-        item = times.row_ns + times.token_ns
+        item = times.row_ns + 2 * times.token_ns
         got: Counter[str] = Counter()
         for planned in plan.requests:
             is_row = planned.num_new_tokens == 1 and planned.request in self.due
