@@ -346,7 +346,8 @@ async def _serve_until_stopped(
     except KeysError as error:  # it has changed since it was checked
         raise ConfigError(f"--api-keys {settings.api_keys}: {error}") from None
     spent = (lambda tenant, tokens: None) if keys is None else keys.spend
-    service = Service(supervisor, metrics, ServiceSettings(max_waiting=settings.max_waiting), spent=spent)
+    service_settings = ServiceSettings(max_waiting=settings.max_waiting, default_deadline_ms=settings.deadline_ms)
+    service = Service(supervisor, metrics, service_settings, spent=spent)
     server = HttpServer(create_app(service, metrics, keys=keys, documented=settings.docs), metrics, sock)
 
     stop = asyncio.Event()

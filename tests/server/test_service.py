@@ -437,6 +437,17 @@ def test_what_was_spent_is_told_whatever_the_end(tmp_path: Path) -> None:
     assert all(tokens == 0 for _, tokens in spent[2:])
 
 
+def test_a_request_without_a_deadline_has_the_servers(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        assert server.service.info()["defaults"]["deadline_ms"] == 300
+        late = await collect(server.service, ids_request([5], max_new_tokens=4000, ignore_eos=True))
+        own = await collect(server.service, ids_request([5], max_new_tokens=50, ignore_eos=True, deadline_ms=5000))
+        assert (late.end.finish_reason, own.end.finish_reason) == (FinishReason.DEADLINE, FinishReason.LENGTH)
+        await server.settled()
+
+    run(tmp_path, test, settings=ServiceSettings(default_deadline_ms=300), step_seconds=0.01)
+
+
 def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: Path) -> None:
     async def test(server: Server) -> None:
         service = server.service
