@@ -37,7 +37,7 @@ def test_shares_are_max_min_fair(wanted: dict[str, int], amount: int) -> None:
 def test_the_one_that_wants_least_gets_it_and_its_step_stays_short(wanted: dict[str, int], base: int) -> None:
     shares, least = step_shares(wanted, base), min(wanted.values())
     assert min(shares.values()) == least
-    assert base + sum(shares.values()) <= max(1.5 * (base + least), base + len(wanted) * least)
+    assert base + sum(shares.values()) <= max(1.25 * (base + least), base + len(wanted) * least)
 
 
 class Clock:
@@ -115,8 +115,8 @@ def test_streams_that_wait_for_their_turn_all_go_on() -> None:
     for _ in range(5):
         clock.step()
     before = [len(request.output_token_ids) for request in storm]
-    quiet = clock.add("quiet", 4, 200)
-    while len(quiet.output_token_ids) < 150:
+    quiet = clock.add("quiet", 4, 300)
+    while len(quiet.output_token_ids) < 250:
         clock.step()
     counts = [len(request.output_token_ids) - count for request, count in zip(storm, before, strict=True)]
     assert min(counts) > 2
@@ -147,7 +147,7 @@ def test_a_tenant_that_has_just_run_finds_short_steps_and_one_that_is_gone_costs
     for _ in range(40):
         clock.step()
         widths.append(clock.num_rows)
-    assert max(widths[:20]) <= 4, "3 rows beside its one, and a token of the request that comes back"
+    assert max(widths[:20]) <= 2, "a row beside its one, and a token of the request that comes back"
     assert widths[-1] == 64
 
 
