@@ -281,15 +281,20 @@ class Scheduler:
         taken, the tenant that has most gives back the one that it got last. False if one of them has to wait."""
         places = Counter(entry.request.tenant for entry in self._running)
         waiting = self._queue.tenants
+        followers: set[str] = set()  # whose next request waits for what another one of theirs is computing
         if not places or len(places.keys() | waiting) < 2:
             return True
         while True:
             full = len(self._running) >= self.config.max_running
             most = max(places.values(), default=0)
             entitled = {name for name in waiting if places[name] + (2 if full or places[name] else 1) <= most}
-            request = self._queue.peek(entitled)
+            request = self._queue.peek(entitled - followers)
             if request is None:
                 return True
+            entry = self._entries[request.request_id]
+            if self._is_computing_next_block(entry, len(self._find_prefix(entry))):
+                followers.add(request.tenant)
+                continue
             victim = next((e for e in reversed(self._running) if places[e.request.tenant] == most), None)
             if self._admit(request, in_turn=False, victim=victim if full else None) is None:
                 return False

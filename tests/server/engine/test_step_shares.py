@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -43,10 +44,9 @@ def test_the_one_that_wants_least_gets_it_and_its_step_stays_short(wanted: dict[
 class Clock:
     """A scheduler's steps, each as long as its rows and prompt tokens make it."""
 
-    def __init__(self, depth: int) -> None:
-        self.scheduler = Scheduler(
-            SchedulerConfig(4096, mixed_step_tokens=432, pipeline_depth=depth, step_times=TIMES, prefix_caching=False)
-        )
+    def __init__(self, depth: int, prefix_caching: bool = False) -> None:
+        config = SchedulerConfig(4096, mixed_step_tokens=432, pipeline_depth=depth, step_times=TIMES)
+        self.scheduler = Scheduler(replace(config, prefix_caching=prefix_caching))
         self.now = self.num_rows = 0
         self.plans: list[StepPlan] = []
         self.ids = iter(range(1, 1 << 30))
@@ -162,6 +162,19 @@ def test_a_tenant_without_a_place_displaces_the_newest_of_the_one_that_has_most(
     assert quiet.status is RequestStatus.RUNNING
     assert plan.displaced_ids == (storm[63].request_id,)
     assert quiet.request_id in {planned.request.request_id for planned in plan.requests}
+
+
+def test_choices_that_follow_their_first_hold_up_no_other_tenant() -> None:
+    clock = Clock(1, prefix_caching=True)
+    for _ in range(80):
+        clock.add("flood", 4, 1000)
+    for _ in range(5):
+        clock.step()
+    siblings = [clock.add("one", 100, 10) for _ in range(3)]
+    others = [clock.add("other", 4, 10), clock.add("another", 4, 10)]
+    clock.step()
+    assert [r.status is RequestStatus.RUNNING for r in siblings] == [True, False, False]
+    assert all(r.status is RequestStatus.RUNNING for r in others)
 
 
 def test_places_are_equal_in_the_end_and_nobody_is_displaced_any_more() -> None:
