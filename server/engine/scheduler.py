@@ -69,6 +69,7 @@ class Scheduler:
         self.last_step = StepCounters()  # of the step that was completed last
         self._entries: dict[int, Entry] = {}
         self._running: list[Entry] = []  # by rank
+        self._places: Counter[str] = Counter()  # how many of them each tenant has that has any
         self._queue = FairQueue(quantum=config.block_size)
         self._flights: deque[Flight] = deque()  # oldest first
         self._last_ran: dict[str, int] = {}  # the step in which each tenant last ran, if that was lately
@@ -235,11 +236,12 @@ class Scheduler:
 
     def _share(self, running: list[Entry]) -> StepShares | None:
         """The next step's shares; None where one tenant has all of it."""
-        for entry in running:
-            self._last_ran[entry.request.tenant] = self._next_step_id
-        for tenant, step_id in list(self._last_ran.items()):
-            if step_id < self._next_step_id - LINGERING_STEPS:
-                del self._last_ran[tenant]
+        for tenant in self._places:
+            self._last_ran[tenant] = self._next_step_id
+        if len(self._last_ran) > len(self._places):
+            for tenant, step_id in list(self._last_ran.items()):
+                if step_id < self._next_step_id - LINGERING_STEPS:
+                    del self._last_ran[tenant]
         return StepShares(running, self.config, self._last_ran) if len(self._last_ran) > 1 else None
 
     def _plan(self, entry: Entry, start: int, end: int) -> PlannedRequest:
@@ -279,8 +281,7 @@ class Scheduler:
     def _admit_by_right(self, displaced: list[int]) -> bool:
         """Admit those that need no turn: of a tenant that has none of the places, or two fewer than another. If all are
         taken, the tenant that has most gives back the one that it got last. False if one of them has to wait."""
-        places = Counter(entry.request.tenant for entry in self._running)
-        waiting = self._queue.tenants
+        places, waiting = self._places, self._queue.tenants
         followers: set[str] = set()  # whose next request waits for what another one of theirs is computing
         if not places or len(places.keys() | waiting) < 2:
             return True
@@ -300,8 +301,6 @@ class Scheduler:
                 return False
             if full and victim is not None:
                 displaced.append(victim.request.request_id)
-                places[victim.request.tenant] -= 1
-            places[request.tenant] += 1
             waiting = self._queue.tenants
 
     def _admit(self, request: Request | None, *, in_turn: bool = True, victim: Entry | None = None) -> Entry | None:
@@ -329,6 +328,7 @@ class Scheduler:
         entry.turn = self._next_step_id
         if victim is not None:
             self._preempt(victim)
+        self._places[request.tenant] += 1
         self.pool.share(shared)
         request.block_ids = shared + self.pool.allocate(needed)
         request.num_computed_tokens = entry.num_confirmed = len(shared) * self.config.block_size
@@ -507,9 +507,16 @@ class Scheduler:
         self._queue.push(entry.request, entry.rank, 0 if entry.paid else entry.limit)
         entry.queued = True
 
+    def _stop_running(self, entry: Entry) -> None:
+        self._running.remove(entry)
+        tenant = entry.request.tenant
+        self._places[tenant] -= 1
+        if not self._places[tenant]:
+            del self._places[tenant]
+
     def _preempt(self, entry: Entry) -> None:
         request = entry.request
-        self._running.remove(entry)
+        self._stop_running(entry)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         request.num_preemptions += 1
@@ -524,7 +531,7 @@ class Scheduler:
         request = entry.request
         del self._entries[request.request_id]
         if request.status is RequestStatus.RUNNING:
-            self._running.remove(entry)
+            self._stop_running(entry)
         elif entry.queued:
             self._queue.remove(request, entry.rank)
         if entry.paid:
@@ -541,4 +548,6 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Every invariant that can be seen from the inside, or IntegrityError. Linear in the pool: for tests."""
+        if self._places != Counter(entry.request.tenant for entry in self._running):
+            raise IntegrityError("the tenants' places are not those of the running requests")
         check_books(self.pool, self._entries, self._running, self._queue, self._flights)
