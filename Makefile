@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: serve test check fuzz bench bench-hard bench-peers format clean
+.PHONY: serve test test-clients check fuzz bench bench-hard bench-peers format clean
 
 # The CPU's kernels: compiled at installation, and again whenever their sources change. A missing compiler costs speed only.
 KERNELS := $(VENV)/.kernels
@@ -25,6 +25,16 @@ ifeq ($(ARGS),)
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+# Clients whose dependencies conflict with those pinned here, in an environment of their own.
+CLIENTS := build/clients
+test-clients: $(VENV)/.serve $(CLIENTS)/.installed $(KERNELS)
+	$(BIN)/python -m tests.clients $(CLIENTS)/bin/python
+
+$(CLIENTS)/.installed: tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint $< litellm langchain-openai
+	@touch $@
 
 # 10,000 requests that nobody means well with, against a real server: some minutes.
 fuzz: $(VENV)/.dev $(KERNELS)

@@ -36,7 +36,8 @@ class Arrival:
     """All that has arrived for one choice since its reader last looked: one delta, or several merged.
 
     first_at, last_at: when the first and the last token came, in seconds of the client's clock. details: of the
-    tokens, joined; prompt_scores: pieces of packed scores and the positions at which they begin.
+    tokens, joined; prompt_scores: pieces of packed scores and the positions at which they begin. refused: the engine
+    did not begin it, and `error` says why, for the client.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Arrival:
     scores: bytes = b""
     explanations: list[Explanation] = field(default_factory=list)
     prompt_scores: list[tuple[int, bytes]] = field(default_factory=list)
+    refused: bool = False
 
     def add_details(self, details: Details) -> None:
         """Take over what came with a delta."""
@@ -80,6 +82,7 @@ class Mailbox:
             arrival = self._arrivals[index] = Arrival(
                 index, delta.token_ids, now, now, delta.finish_reason, delta.stop_token_id, delta.error, delta.first
             )
+            arrival.refused = delta.refused
             if delta.details is not None:
                 arrival.add_details(delta.details)
             return
@@ -93,6 +96,7 @@ class Mailbox:
         arrival.finish_reason = delta.finish_reason
         arrival.stop_token_id = delta.stop_token_id
         arrival.error = delta.error
+        arrival.refused = delta.refused
         arrival.first = arrival.first or delta.first
 
     def wake(self) -> None:

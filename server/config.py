@@ -151,6 +151,9 @@ class Settings:
     block_size: int | None = _setting(None, integer(1, 1024), "tokens of one KV block", "TOKENS", "16; 64 on cuda")
     max_running: int = _setting(64, integer(1, 4096), "requests in one step at most", "COUNT")
     max_waiting: int = _setting(256, integer(0, 1_000_000), "requests that may wait; further ones get 429", "COUNT")
+    deadline_ms: int | None = _setting(
+        None, integer(100, 3_600_000), "time for a request that has no deadline_ms of its own", "MILLISECONDS", "none"
+    )
     max_tokens_per_step: int = _setting(2048, integer(1, 1_000_000), "tokens computed in one step at most", "TOKENS")
     mixed_step_tokens: int | None = _setting(
         None,

@@ -67,6 +67,7 @@ class Job:
         self.expired = False
         self.prompt_tokens = 0
         self.error: str | None = None
+        self.refused = False
         self._request = request
         self._metrics = metrics
         self._began = began
@@ -95,6 +96,12 @@ class Job:
     def ended(self) -> bool:
         """Whether every choice has had its terminal event."""
         return self._num_open == 0
+
+    @property
+    def grammar_param(self) -> str | None:
+        """The parameter that its grammar comes from; None without one."""
+        request = self._request
+        return request.grammar[0] if request.grammar is not None else "tools" if request.tools else None
 
     @property
     def num_tokens(self) -> int:
@@ -176,6 +183,7 @@ class Job:
             self._finish(choice, events, FinishReason.STOP, stopped)
         elif reason is not None:
             self.error = self.error or arrival.error
+            self.refused |= arrival.refused
             self._finish(choice, events, reason, ending if reason is FinishReason.STOP else None, arrival.error)
 
     def _finish(

@@ -86,3 +86,24 @@ def _fields(record: logging.LogRecord) -> dict[str, object]:
 
 def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+class SparingLog:
+    """Lets so many lines a second pass, and counts the others."""
+
+    def __init__(self, lines_a_second: int) -> None:
+        self._allowed = lines_a_second
+        self._second = 0
+        self._written = 0
+        self._left_out = 0
+
+    def line(self, now: float) -> int | None:
+        """None if this line is to be left out; else how many were left out since the last one that was not."""
+        if int(now) != self._second:
+            self._second, self._written = int(now), 0
+        if self._written >= self._allowed:
+            self._left_out += 1
+            return None
+        self._written += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out

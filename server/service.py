@@ -64,12 +64,14 @@ class ServiceSettings:
 
     max_waiting             places in the queue, beyond the engine's max_running
     default_max_new_tokens  when a request does not say, and there is room
+    default_deadline_ms     likewise; None: none
     tokenizer_threads       texts tokenized at once
     inline_characters       a text up to this long is tokenized on the event loop: a thread would take longer
     """
 
     max_waiting: int = 256
     default_max_new_tokens: int = 256
+    default_deadline_ms: int | None = None
     tokenizer_threads: int = 2
     inline_characters: int = 2048
 
@@ -250,6 +252,7 @@ class Service:
                 **DEFAULTS,
                 **self._text.generation_defaults,
                 "max_new_tokens": self._settings.default_max_new_tokens,
+                "deadline_ms": self._settings.default_deadline_ms,
             }
         known["engine"] = {"restarts": self._supervisor.restarts}
         return known
@@ -341,7 +344,7 @@ class Service:
             while not job.ended:
                 events = job.take(await mailbox.receive(), self._client)
                 if not started and events:
-                    if job.ended and job.num_tokens == 0:
+                    if job.num_tokens == 0 and (job.ended or job.refused):
                         raise self._lost_before_start(job)
                     started = True
                     yield Started(self._answer_id(request), self._model, params.seed)
@@ -421,15 +424,16 @@ class Service:
 
         They cannot where the requests that wait before it took longer to get a place lately, as far as that is known.
         """
-        if request.deadline_ms is None:
+        milliseconds = request.deadline_ms or self._settings.default_deadline_ms
+        if milliseconds is None:
             return None
-        left = request.deadline_ms / 1e3 - (self._clock() - began)
+        left = milliseconds / 1e3 - (self._clock() - began)
         waiting = self._places_taken - ready.max_running
         wait = self._drain_rate.seconds_until(waiting, self._clock()) if waiting > 0 else 0.0
         if left <= 0 or (wait is not None and wait > left):
-            message = f"deadline_ms is {request.deadline_ms}"
+            message = f"deadline_ms is {milliseconds}{' here' if request.deadline_ms is None else ''}"
             message += f", and a place is free in about {math.ceil(wait or 0)} s." if left > 0 else ", which is over."
-            raise Refusal("deadline", [Problem("deadline_ms", message, request.deadline_ms, "more time")])
+            raise Refusal("deadline", [Problem("deadline_ms", message, milliseconds, "more time")])
         return left
 
     async def generate_together(
@@ -509,6 +513,18 @@ class Service:
             raise self._not_ready()
         return ready, text
 
+    def refusal_of(self, tenant: str) -> Refusal | None:
+        """Why any request of this tenant would be refused now, whatever is in it: no place is left. None if one is, or
+        if nobody may have one yet."""
+        ready = self._supervisor.ready
+        if ready is None or self.state != "ready":
+            return None
+        try:
+            self._check_room(ready, 1, tenant)
+        except Refusal as refusal:
+            return refusal
+        return None
+
     def _check_room(self, ready: Ready, places: int, tenant: str) -> None:
         """Raise Refusal unless so many places are free, and this tenant may take them."""
         capacity = self._capacity(ready)
@@ -564,6 +580,11 @@ class Service:
             return Refusal("deadline", [Problem("deadline_ms", "The deadline passed before the first token.")])
         if job.cancelled:
             return self._not_ready()
+        if job.refused and job.error is not None:
+            # The engine has the last word: with its own tokens a grammar may cost more than it did here.
+            kind = job.grammar_param
+            code: ErrorCode = "invalid_request" if kind is None else "unsupported_grammar"
+            return Refusal(code, [Problem(kind, f"{job.error}.", None, "another grammar" if kind else None)])
         return Refusal("internal", [Problem(None, job.error or "The engine could not carry out this request.")])
 
     def _capacity(self, ready: Ready) -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "models", "server")
 
 # The scheduler and its parts: a function of the calls so far, and of nothing else.
-PURE_NAMES = ("admission", "block_pool", "books", "fair_queue", "scheduler")
+PURE_NAMES = ("admission", "block_pool", "books", "fair_queue", "scheduler", "step_shares")
 PURE = (
     *(f"server.engine.{name}" for name in PURE_NAMES),
     *(f"server.engine.{n}" for n in ("config", "plan", "request", "scores")),
@@ -41,6 +41,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.engine.config": (),
     "server.engine.identity": (),
     "server.engine.scores": (),
+    "server.engine.grammar_limits": (),
     "server.engine.plan": ("server.engine.request", "server.engine.scores"),
     "server.engine.messages": (
         "server.engine.request",
@@ -63,7 +64,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # The only part that touches the device: a process of its own.
     "server.planner.probe": ("server.planner", "server.engine", "models", "kernels"),
-    "server.text": ("server.text", "server.generation"),
+    "server.text": ("server.text", "server.generation", "server.engine.grammar_limits"),
     "server.watchdog": ("server.engine.messages",),
     "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics", "server.watchdog"),
     "server.client": (

@@ -7,7 +7,8 @@ from server.engine.request import Request
 
 
 class AdmissionError(Exception):
-    """A request that could never run here. The message has the numbers."""
+    """A request that could never run here. The message has the numbers, or says what is wrong with its grammar: it is
+    for the client."""
 
 
 def token_limit(request: Request, config: SchedulerConfig) -> int:

@@ -22,7 +22,8 @@ class Entry:
                    without the steps in flight
     steps          ids of the plans in flight that it takes part in, oldest first
     queued         whether it is in the queue. A preempted request stays outside until the steps above are over
-    paid           whether its tenant has paid for it; being preempted costs nothing
+    paid           whether its tenant has paid for it: not before it gets a turn; being preempted costs nothing
+    turn           the step in which it was admitted, or last had its turn among its tenant's streams
     """
 
     request: Request
@@ -33,6 +34,7 @@ class Entry:
     steps: list[int] = field(default_factory=list)
     queued: bool = False
     paid: bool = False
+    turn: int = 0
 
 
 @dataclass(slots=True, eq=False)

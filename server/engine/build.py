@@ -29,9 +29,8 @@ from server.engine.dtypes import dtype_name
 from server.engine.grammar import GrammarError, Grammars
 from server.engine.identity import Identity
 from server.engine.memory import KVCachePlan, MemorySettingError
-from server.engine.plan import PlannedRequest, StepPlan, StepRunner
-from server.engine.request import Request, SamplingParams
 from server.engine.scheduler import Scheduler
+from server.engine.warmup import warm_up
 from server.version import VERSION
 
 logger = logging.getLogger(__name__)
@@ -40,12 +39,6 @@ __all__ = ["Engine", "StartupError", "build_engine"]
 
 # report(phase, message, fraction): phase is "load" or "warmup"; fraction is None where it cannot be told.
 Report = Callable[[str, str, float | None], None]
-
-# How long a step with running streams may take on account of a prompt beside them, as a multiple of a decode step and
-# at least this many seconds: short enough not to be seen in a stream, long enough not to waste a step's fixed cost.
-MIXED_STEP_DECODE_STEPS = 2.0
-MIXED_STEP_MIN_SECONDS = 0.025
-WARMUP_CHUNK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +94,7 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
         report("load", f"loading {config.model}", progress.loaded_bytes / max(progress.total_bytes, 1))
 
     model_config = load_config(path)
+    check_length(config, model_config)  # before minutes of loading
     mode = quantization_mode(config.quantization, model_config, device)
     config = replace(config, quantization=mode)
     kv_dtype = device.kv_cache_dtype(config.kv_cache_dtype, model_config)  # before minutes of loading
@@ -160,7 +154,8 @@ def start_core(
     )
     device.warm_up(runner, lambda fraction: report("warmup", "preparing the kernels", fraction))
     report("warmup", "running the first steps", None)
-    measured = _warm_up(runner, scheduler_config, device.warmup_tokens, device.warmup_context)
+    measured = warm_up(runner, scheduler_config, device.warmup_tokens, device.warmup_context)
+    scheduler_config = replace(scheduler_config, step_times=measured.step_times)
     if config.mixed_step_tokens is None:
         allowed = min(measured.mixed_step_tokens, config.max_tokens_per_step)
         scheduler_config = replace(scheduler_config, mixed_step_tokens=allowed, attention_span=measured.attention_span)
@@ -170,6 +165,16 @@ def start_core(
     core.cost.observe(1, measured.decode_seconds)
     core.cost.observe(measured.prefill_tokens, measured.prefill_seconds)
     return core, kv_plan
+
+
+def check_length(config: EngineConfig, model: ModelConfig) -> None:
+    """Raise StartupError where --max-model-len is within what config.json says and beyond what is served of it."""
+    asked, served, scaling = config.max_model_len, model.max_position_embeddings, model.rope_scaling
+    if asked is not None and asked > served and scaling is not None and scaling.kind == "longrope":
+        raise StartupError(
+            f"--max-model-len {asked} is not supported: this model's rope_scaling is longrope, which rotates sequences "
+            f"beyond {served} tokens by other frequencies, and only those up to there are served"
+        )
 
 
 def quantization_mode(asked: str | None, model: ModelConfig, device: Device) -> QuantizationMode:
@@ -194,63 +199,6 @@ def _best_mode(device: Device) -> QuantizationMode:
     except ValueError:
         return "w8a16"
     return "w8a8"
-
-
-@dataclass(frozen=True, slots=True)
-class WarmUp:
-    """What the first steps took, in seconds: one decode row, a prompt of `prefill_tokens`, and a chunk of it at the
-    beginning and at position `context` (0: not measured)."""
-
-    decode_seconds: float
-    prefill_seconds: float
-    prefill_tokens: int
-    first_chunk_seconds: float = 0.0
-    late_chunk_seconds: float = 0.0
-    context: int = 0
-
-    @property
-    def mixed_step_tokens(self) -> int:
-        """How many prompt tokens may share a step with running streams, at least one."""
-        allowance = max(MIXED_STEP_MIN_SECONDS, MIXED_STEP_DECODE_STEPS * self.decode_seconds)
-        return max(int(allowance * self.prefill_tokens / self.prefill_seconds), 1)
-
-    @property
-    def attention_span(self) -> int | None:
-        """Where a prompt's token costs twice what it costs at the beginning; None: not known, or far away."""
-        added = self.late_chunk_seconds - self.first_chunk_seconds
-        if not self.context or added < 0.05 * self.first_chunk_seconds:
-            return None
-        return max(int(self.context * self.first_chunk_seconds / added), 1)
-
-
-def _warm_up(runner: StepRunner, config: SchedulerConfig, warmup_tokens: int, warmup_context: int) -> WarmUp:
-    """Touch the weights and the operators' caches, then time one prompt, one decode step and two chunks.
-
-    The plans are made by hand on blocks that nobody owns yet; their contents are overwritten before they are read. Far
-    along in a sequence its blocks may be the same ones again: what attention reads does not change its time.
-    """
-    prompt_len = max(1, min(warmup_tokens, config.max_model_len - 2, config.max_tokens_per_step))
-    chunk = min(WARMUP_CHUNK, prompt_len)
-    context = max(0, min(warmup_context, config.max_model_len - 2 - chunk))
-    sampling = SamplingParams(max_new_tokens=2, temperature=1.0, top_k=50, top_p=0.9)
-    short = Request(0, [0] * prompt_len, sampling, output_token_ids=[0])
-    long = Request(1, [0] * (context + chunk), sampling, output_token_ids=[0])
-
-    def timed(request: Request, start: int, num_new_tokens: int, samples: bool) -> float:
-        num_blocks = -(-(start + num_new_tokens) // config.block_size)
-        blocks = tuple(index % config.num_blocks for index in range(num_blocks))
-        planned = PlannedRequest(request, start, num_new_tokens, blocks, samples, output_index=1)
-        began = time.perf_counter()
-        runner.launch(StepPlan(0, (planned,))).result()
-        return time.perf_counter() - began
-
-    for _ in range(2):
-        prefill = timed(short, 0, prompt_len, False)
-        decode = min(timed(short, prompt_len, 1, True) for _ in range(2))
-    if not context:
-        return WarmUp(decode, prefill, prompt_len)
-    first, late = (min(timed(long, start, chunk, False) for _ in range(2)) for start in (0, context))
-    return WarmUp(decode, prefill, prompt_len, first, late, context)
 
 
 def _identity(

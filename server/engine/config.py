@@ -10,6 +10,15 @@ class StartupError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What a step costs, in nanoseconds: one with little to do, and more for each row and each further prompt token."""
+
+    base_ns: int = 1_000_000
+    row_ns: int = 100_000
+    token_ns: int = 50_000
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Limits of a step and of the pool.
 
@@ -23,6 +32,7 @@ class SchedulerConfig:
     pipeline_depth            steps that may be planned before the first one's result is known: 1, or 2
     priority_aging_steps      a waiting request gains one priority for this many steps: nothing starves
     prefix_caching            whether finished prefixes are looked up and kept
+    step_times                by what tenants share a step (measured when the engine starts)
     eos_token_ids             the model's end-of-sequence tokens
     """
 
@@ -36,6 +46,7 @@ class SchedulerConfig:
     pipeline_depth: int = 1
     priority_aging_steps: int = 64
     prefix_caching: bool = True
+    step_times: StepTimes = StepTimes()
     eos_token_ids: tuple[int, ...] = ()
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -446,6 +447,8 @@ class CudaRunner:
             count = length + (index < longer)
             blocks = tuple(range(-(-count // self._block_size)))
             request = Request(-1 - index, [0] * count, params)
+            if params.grammar:
+                request.matcher = _AnyToken(self.model.config.vocab_size)
             samples = index < num_rows
             inflight = num_inflight if samples else 0
             planned.append(PlannedRequest(request, 0, count, blocks, samples, output_index=0, num_inflight=inflight))
@@ -454,6 +457,17 @@ class CudaRunner:
 
 def _nothing() -> None:
     return None
+
+
+class _AnyToken:
+    """A TokenMatcher that lets everything follow: the sampler's kernel for masks is to be compiled like the others."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._mask = np.full(-(-vocab_size // 32), 0xFFFFFFFF, dtype=np.uint32)
+
+    def mask(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.uint32]:
+        """All ones."""
+        return self._mask
 
 
 _ALL_FILTERS = SamplingParams(
@@ -482,5 +496,6 @@ _WARM_PARAMS = (
     SamplingParams(2, temperature=0.8, typical_p=0.9),
     SamplingParams(2, repetition_penalty=1.1, presence_penalty=0.1),
     SamplingParams(2, logit_bias=((0, 1.0),)),
+    SamplingParams(2, grammar="any"),
     _ALL_FILTERS,
 )

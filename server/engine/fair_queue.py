@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from server.engine.request import Request
@@ -56,30 +56,42 @@ class FairQueue:
         insort(tenant.waiting, _Waiting(rank, cost, request), key=lambda waiting: waiting.rank)
         self._len += 1
 
-    def peek(self) -> Request | None:
-        """The request that goes next; it stays. Asking again gives the same one, unless a better one has come."""
-        if not self._len:
+    @property
+    def tenants(self) -> list[str]:
+        """Who waits, in turn order."""
+        return [name for name, tenant in self._tenants.items() if tenant.waiting]
+
+    def peek(self, among: Collection[str] | None = None) -> Request | None:
+        """The request that goes next; it stays. Asking again gives the same one, unless a better one has come.
+
+        among: only of these tenants.
+        """
+        waiting = [t for name, t in self._tenants.items() if t.waiting and (among is None or name in among)]
+        if not waiting:
             return None
         # The rounds in which nobody could be served are added up in one go, so that a fine quantum costs no time.
-        rounds = min(self._rounds(tenant) for tenant in self._tenants.values() if tenant.waiting)
+        rounds = min(map(self._rounds, waiting))
         if rounds:
             for name, tenant in list(self._tenants.items()):
-                tenant.credit += rounds * self._quantum
+                # A debt shrinks to less than a round's worth of credit: one that is passed over saves nothing up.
+                least = min(tenant.credit + rounds * self._quantum, self._quantum - 1)
+                tenant.credit = max(tenant.credit, least)
                 self._forget_if_even(name)
-        for tenant in self._tenants.values():
-            if tenant.waiting and not self._rounds(tenant):
-                return tenant.waiting[0].request
-        return None  # not reached: the rounds were enough for one
+        return next(tenant.waiting[0].request for tenant in waiting if not self._rounds(tenant))
 
     def _rounds(self, tenant: _Tenant) -> int:
         """Rounds until a waiting tenant may send its next request."""
         return 0 if tenant.credit >= 0 or not tenant.waiting[0].cost else -(tenant.credit // self._quantum)
 
-    def pop(self, request: Request) -> None:
-        """Take out the request that `peek` gave: its tenant owes its cost, and has its next turn after the others."""
-        tenant = self._tenants.pop(request.tenant)
-        self._tenants[request.tenant] = tenant
-        tenant.credit -= tenant.waiting.pop(0).cost
+    def pop(self, request: Request, *, in_turn: bool = True) -> None:
+        """Take out the request that `peek` gave: its tenant owes its cost, and has its next turn after the others.
+        One that did not need a turn (not `in_turn`) leaves its tenant's debts and turn as they are."""
+        tenant = self._tenants[request.tenant]
+        cost = tenant.waiting.pop(0).cost
+        if in_turn:
+            tenant.credit -= cost
+            del self._tenants[request.tenant]
+            self._tenants[request.tenant] = tenant
         self._len -= 1
         self._forget_if_even(request.tenant)
 

@@ -14,24 +14,13 @@ import llguidance
 import numpy as np
 import numpy.typing as npt
 
+from server.engine.grammar_limits import grammar_limits
+
 MAX_CACHED = 64
 
 
 class GrammarError(Exception):
     """The grammar cannot be used, or has become too complex on the way: one line for the log."""
-
-
-def limits() -> llguidance.LLParserLimits:
-    """What a grammar may cost: about 50 ms to begin with, and 20 ms a token."""
-    return llguidance.LLParserLimits(
-        max_items_in_row=2000,
-        initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=200_000,
-        step_max_items=50_000,
-        max_lexer_states=50_000,
-        max_grammar_size=200_000,
-        verbose_errors=False,
-    )
 
 
 class Matcher:
@@ -80,7 +69,7 @@ class Grammars:
         """At the begin of an output. Raises GrammarError."""
         fresh = self._compiled.get(grammar)
         if fresh is None:
-            fresh = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits())
+            fresh = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=grammar_limits())
             if fresh.is_error():
                 raise GrammarError(_one_line(fresh.get_error()))
             self._compiled[grammar] = fresh

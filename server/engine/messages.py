@@ -99,6 +99,7 @@ class Delta(msgspec.Struct, frozen=True):
     """New tokens of one request from one step, and its end if it ended.
 
     `stop_token_id` is set when an end-of-sequence or stop token ended it; that token is the last of `token_ids`.
+    `refused`: it was not begun, and cannot be; `error` says why, for the client.
     """
 
     request_id: int
@@ -108,6 +109,7 @@ class Delta(msgspec.Struct, frozen=True):
     error: str | None = None
     first: FirstToken | None = None
     details: Details | None = None
+    refused: bool = False
 
 
 class StepStats(msgspec.Struct, frozen=True):

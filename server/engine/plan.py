@@ -37,12 +37,14 @@ class PlannedRequest:
 class StepPlan:
     """One step: requests in a fixed order, back to back. Never empty.
 
-    preempted_ids: requests that gave their blocks back for this step, for the log.
+    preempted_ids: requests that gave their blocks back for this step, for the log; displaced_ids: those that gave
+    their place to another tenant.
     """
 
     step_id: int
     requests: tuple[PlannedRequest, ...]
     preempted_ids: tuple[int, ...] = ()
+    displaced_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:

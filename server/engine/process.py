@@ -312,7 +312,7 @@ def _submit(connection: Connection, core: EngineCore, submit: Submit) -> None:
         else:
             core.add(request)
     except AdmissionError as error:
-        refused = Delta(submit.request_id, [], FinishReason.ERROR, error=str(error))
+        refused = Delta(submit.request_id, [], FinishReason.ERROR, error=str(error), refused=True)
         connection.send(StepOutput([refused]))
 
 

@@ -144,6 +144,11 @@ class Request:
     matcher: TokenMatcher | None = None
 
     @property
+    def waits_for_token(self) -> bool:
+        """Whether what may be drawn next depends on a token in flight."""
+        return self.num_inflight_samples > 0 and self.params.needs_last_token
+
+    @property
     def wants_prompt_scores(self) -> bool:
         """Whether log-probabilities of prompt tokens are still to be found out: those positions must be computed."""
         return (

@@ -14,7 +14,7 @@ Both are pure: the next plan is a function of the calls so far, and of nothing e
 from __future__ import annotations
 
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 
 from server.engine.admission import AdmissionError, token_limit
@@ -25,6 +25,7 @@ from server.engine.fair_queue import FairQueue
 from server.engine.plan import PlannedRequest, RequestOutput, StepCounters, StepPlan, StepResult
 from server.engine.request import FinishReason, Request, RequestStatus
 from server.engine.step_budget import StepBudget
+from server.engine.step_shares import LINGERING_STEPS, StepShares
 
 __all__ = ["AdmissionError", "Scheduler", "StepCounters"]
 
@@ -37,6 +38,11 @@ class Scheduler:
     start behind. Within a tenant the best rank is admitted first; tenants take turns (`FairQueue`). Running requests
     are served by rank, and when blocks run out the last one by rank is preempted. So the best-ranked running request
     always goes on, and since every newcomer eventually ranks behind, nothing starves.
+
+    Sharing. While several tenants run, each gets a share of the step's time (`step_shares`), and its streams take turns
+    within it, the one that was left out for longest first. Of the places a tenant may have as many as another one: if
+    all are taken it displaces the last of the tenant that has most, and it does not wait or pay for a turn. Blocks are
+    not shared out: whoever waits for them holds up all newcomers.
 
     Blocks. A request is admitted with the blocks of all its known tokens; from then on only decoding takes blocks, one
     at a time. Admission leaves one block to every running stream that is going to need one, so that nobody has to be
@@ -64,8 +70,10 @@ class Scheduler:
         self.last_step = StepCounters()  # of the step that was completed last
         self._entries: dict[int, Entry] = {}
         self._running: list[Entry] = []  # by rank
+        self._places: Counter[str] = Counter()  # how many of them each tenant has that has any
         self._queue = FairQueue(quantum=config.block_size)
         self._flights: deque[Flight] = deque()  # oldest first
+        self._last_ran: dict[str, int] = {}  # the step in which each tenant last ran, if that was lately
         self._next_step_id = 0
         self._pending = StepCounters()  # what happened since the last plan
 
@@ -154,30 +162,39 @@ class Scheduler:
         config = self.config
         if len(self._flights) >= config.pipeline_depth:
             return None
-        chosen = [e for e in self._running if only is None or e.request.request_id == only]
         rows: list[PlannedRequest] = []
         preempted: list[int] = []
+        displaced: list[int] = []
+        nobody_waits_by_right = only is not None or self._admit_by_right(displaced)
+        chosen = [e for e in self._running if only is None or e.request.request_id == only]
+        shares = self._share(chosen) if only is None else None
 
         # Streams first: one token each, best rank first. All of them fit, since max_running <= max_tokens_per_step.
         streaming = short_of_blocks = False
         catching_up: list[Entry] = []
         for entry in chosen:
+            if shares is not None and entry in shares.left_out:
+                streaming = True
+                continue  # it has its turn in a later step
             request = entry.request
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted a moment ago
             num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
             if num_tokens >= entry.limit:
                 continue  # the token in flight is its last one
-            if request.num_inflight_samples and request.params.needs_last_token:
-                continue  # what it may draw next depends on the token in flight
+            if request.waits_for_token:
+                continue
             is_stream = num_tokens - num_computed == 1
             if is_stream:
                 streaming = True
+                entry.turn = self._next_step_id
             else:
                 catching_up.append(entry)
-            if num_computed == len(request.block_ids) * config.block_size:
+            if self._is_full(entry):
                 if not self.pool.num_available and (short_of_blocks or not self._make_room(entry, preempted)):
                     short_of_blocks = True
+                    if shares is not None and is_stream:
+                        shares.pass_on(request.tenant)
                     continue
                 request.block_ids += self.pool.allocate(1)
             if is_stream:
@@ -191,25 +208,44 @@ class Scheduler:
             num_computed, num_tokens = request.num_computed_tokens, request.num_tokens
             if num_tokens - num_computed > 1 and request.status is RequestStatus.RUNNING:
                 room = len(request.block_ids) * config.block_size - num_computed
-                num_new_tokens = budget.take(num_computed, min(num_tokens - num_computed, room))
+                num_new_tokens = budget.room(num_computed, min(num_tokens - num_computed, room))
+                if shares is not None:
+                    num_new_tokens = shares.take_tokens(request.tenant, num_new_tokens)
                 if num_new_tokens:
                     rows.append(self._plan(entry, num_computed, num_computed + num_new_tokens))
+                    budget.spend(num_computed, num_new_tokens)
 
         # Then newcomers, unless memory is short: what a preemption has freed is not for them.
-        if only is None and not short_of_blocks and not preempted:
-            while budget and (admitted := self._admit()) is not None:
+        if nobody_waits_by_right and only is None and not short_of_blocks and not preempted:
+            while budget and (admitted := self._admit(self._queue.peek())) is not None:
                 request = admitted.request
                 num_computed = request.num_computed_tokens
-                num_new_tokens = budget.take(num_computed, request.num_tokens - num_computed)
+                num_new_tokens = budget.room(num_computed, request.num_tokens - num_computed)
+                if shares is not None:
+                    num_new_tokens = shares.take_tokens(request.tenant, num_new_tokens)
+                budget.spend(num_computed, num_new_tokens)
+                if not num_new_tokens:  # one token, for it was its turn; but after that this step is full
+                    num_new_tokens = 1
+                    budget.close()
                 rows.append(self._plan(admitted, num_computed, num_computed + num_new_tokens))
 
         if not rows:
             return None
-        plan = StepPlan(self._next_step_id, tuple(rows), tuple(preempted))
+        plan = StepPlan(self._next_step_id, tuple(rows), tuple(preempted), tuple(displaced))
         self._flights.append(Flight(plan, self._pending))
         self._pending = StepCounters()
         self._next_step_id += 1
         return plan
+
+    def _share(self, running: list[Entry]) -> StepShares | None:
+        """The next step's shares; None where one tenant has all of it."""
+        for tenant in self._places:
+            self._last_ran[tenant] = self._next_step_id
+        if len(self._last_ran) > len(self._places):
+            for tenant, step_id in list(self._last_ran.items()):
+                if step_id < self._next_step_id - LINGERING_STEPS:
+                    del self._last_ran[tenant]
+        return StepShares(running, self.config, self._last_ran) if len(self._last_ran) > 1 else None
 
     def _plan(self, entry: Entry, start: int, end: int) -> PlannedRequest:
         request = entry.request
@@ -245,10 +281,35 @@ class Scheduler:
                 return False  # its blocks come back with that step: one preemption at a time
         return True
 
-    def _admit(self) -> Entry | None:
-        """Let the next waiting request run, with blocks for all its known tokens; None if it has to wait."""
-        request = self._queue.peek()
-        if request is None or len(self._running) >= self.config.max_running:
+    def _admit_by_right(self, displaced: list[int]) -> bool:
+        """Admit those that need no turn: of a tenant that has none of the places, or two fewer than another. If all are
+        taken, the tenant that has most gives back the one that it got last. False if one of them has to wait."""
+        places, waiting = self._places, self._queue.tenants
+        followers: set[str] = set()  # whose next request waits for what another one of theirs is computing
+        if not places or len(places.keys() | waiting) < 2:
+            return True
+        while True:
+            full = len(self._running) >= self.config.max_running
+            most = max(places.values(), default=0)
+            entitled = {name for name in waiting if places[name] + (2 if full or places[name] else 1) <= most}
+            request = self._queue.peek(entitled - followers)
+            if request is None:
+                return True
+            entry = self._entries[request.request_id]
+            if self._is_computing_next_block(entry, len(self._find_prefix(entry))):
+                followers.add(request.tenant)
+                continue
+            victim = next((e for e in reversed(self._running) if places[e.request.tenant] == most), None)
+            if self._admit(request, in_turn=False, victim=victim if full else None) is None:
+                return False
+            if full and victim is not None:
+                displaced.append(victim.request.request_id)
+            waiting = self._queue.tenants
+
+    def _admit(self, request: Request | None, *, in_turn: bool = True, victim: Entry | None = None) -> Entry | None:
+        """Let a waiting request run, with blocks for all its known tokens; None if it has to wait. It pays if this is
+        its tenant's turn. It gets the place of `victim` if one is given, which is not in this step's plan."""
+        if request is None or (victim is None and len(self._running) >= self.config.max_running):
             return None
         entry = self._entries[request.request_id]
         shared = self._find_prefix(entry)
@@ -260,17 +321,23 @@ class Scheduler:
         if self._running:  # a lone request needs none: it fits, or it would not have been added
             reserve = sum(self._will_grow(other, len(other.request.block_ids)) for other in self._running)
             reserve += self._will_grow(entry, needed + len(shared))
+            if not in_turn:  # before the others' streams have what they need for this step
+                reserve += sum(self._is_full(other) for other in self._running)
         if needed + reserve > available:
             return None
 
-        self._queue.pop(request)
+        self._queue.pop(request, in_turn=in_turn)
         entry.queued = False
+        entry.turn = self._next_step_id
+        if victim is not None:
+            self._preempt(victim)
+        self._places[request.tenant] += 1
         self.pool.share(shared)
         request.block_ids = shared + self.pool.allocate(needed)
         request.num_computed_tokens = entry.num_confirmed = len(shared) * self.config.block_size
         request.status = RequestStatus.RUNNING
         insort(self._running, entry, key=lambda other: other.rank)
-        if not entry.paid:
+        if in_turn and not entry.paid:
             entry.paid = True
             self._queue.refund(request.tenant, request.num_computed_tokens)
         if self.config.prefix_caching:
@@ -284,6 +351,10 @@ class Scheduler:
     def _will_grow(self, entry: Entry, num_blocks: int) -> bool:
         """Whether a request that has so many blocks is going to need more."""
         return self.pool.blocks_for(entry.limit - 1) > num_blocks
+
+    def _is_full(self, entry: Entry) -> bool:
+        """Whether a request needs a block for its next token."""
+        return entry.request.num_computed_tokens == len(entry.request.block_ids) * self.config.block_size
 
     # ---- what came of a step ----
 
@@ -439,9 +510,16 @@ class Scheduler:
         self._queue.push(entry.request, entry.rank, 0 if entry.paid else entry.limit)
         entry.queued = True
 
+    def _stop_running(self, entry: Entry) -> None:
+        self._running.remove(entry)
+        tenant = entry.request.tenant
+        self._places[tenant] -= 1
+        if not self._places[tenant]:
+            del self._places[tenant]
+
     def _preempt(self, entry: Entry) -> None:
         request = entry.request
-        self._running.remove(entry)
+        self._stop_running(entry)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         request.num_preemptions += 1
@@ -456,7 +534,7 @@ class Scheduler:
         request = entry.request
         del self._entries[request.request_id]
         if request.status is RequestStatus.RUNNING:
-            self._running.remove(entry)
+            self._stop_running(entry)
         elif entry.queued:
             self._queue.remove(request, entry.rank)
         if entry.paid:
@@ -473,4 +551,6 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Every invariant that can be seen from the inside, or IntegrityError. Linear in the pool: for tests."""
+        if self._places != Counter(entry.request.tenant for entry in self._running):
+            raise IntegrityError("the tenants' places are not those of the running requests")
         check_books(self.pool, self._entries, self._running, self._queue, self._flights)

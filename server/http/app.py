@@ -26,6 +26,7 @@ from server.http.routes import CHAT, COMPLETIONS, MODELS, find_route, not_found
 from server.http.schemas import GenerateBody
 from server.http.sse import encode_json
 from server.http.tokens import DetokenizeBody, TokenizeBody, TokenService, detokenize, tokenize
+from server.logs import SparingLog
 from server.metrics import Metrics
 
 request_log = logging.getLogger("stet.request")
@@ -40,6 +41,8 @@ _PAGE_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
 }
+# Of the requests that get 429 so many a second are logged; the next line says how many were not.
+_REFUSAL_LINES_A_SECOND = 10
 _PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 
 
@@ -50,6 +53,8 @@ class AppService(TokenService, PlanService, Protocol):
     def state(self) -> str: ...
 
     def info(self) -> Mapping[str, Any]: ...
+
+    def refusal_of(self, tenant: str) -> Refusal | None: ...
 
 
 def create_app(
@@ -67,7 +72,7 @@ def create_app(
     # Not the documentation pages of the framework: they load scripts from elsewhere, and know nothing of our bodies.
     app = FastAPI(title="Stet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     # The one that is added last is the outermost.
-    app.add_middleware(Gate, keys=keys, metrics=metrics, limits=limits, documented=documented)
+    app.add_middleware(Gate, places=service, keys=keys, metrics=metrics, limits=limits, documented=documented)
     app.add_middleware(Observer, metrics=metrics)
     app.add_exception_handler(HTTPException, _routing_error)
 
@@ -237,6 +242,7 @@ class Observer:
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
+        self._refusals = SparingLog(_REFUSAL_LINES_A_SECOND)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -267,9 +273,15 @@ class Observer:
             seconds = time.perf_counter() - began
             route = find_route(scope.get("raw_path") or b"") or "other"
             self._metrics.http_request(route, scope["method"], status or _CLIENT_GONE, seconds)
-            # Probes come every second and say what the metrics say too.
+            # Probes come every second and say what the metrics say too; refusals may come by the thousand.
             level = logging.DEBUG if route in _PROBES else logging.INFO
-            if request_log.isEnabledFor(level):
+            wanted = request_log.isEnabledFor(level)
+            if wanted and status == 429:
+                left_out = self._refusals.line(began)
+                wanted = left_out is not None
+                if left_out:
+                    fields["lines_left_out"] = left_out
+            if wanted:
                 line = {
                     "request": request_id,
                     "method": scope["method"] if len(scope["method"]) <= 16 else "other",

@@ -12,13 +12,13 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.generation import GenerationRequest, Problem
+from server.generation import GenerationRequest, Problem, Refusal
 from server.http.budgets import Budget
-from server.http.errors import HttpError, error_response
+from server.http.errors import HttpError, error_response, refusal_response
 from server.http.intake import Intake
 from server.http.limits import Limits
 from server.http.routes import ADMIN, GENERATING, INFER, find_route, not_found, role_of
@@ -128,8 +128,17 @@ class KeyRing:
             await self.reload()
 
 
+class Places(Protocol):
+    """What the gate needs of server.service.Service."""
+
+    def refusal_of(self, tenant: str) -> Refusal | None: ...
+
+
 class Gate:
     """Before every route: who asks, whether it may, whether it may now, and whether there is such a route at all.
+
+    Where no place is left for a generation it is refused here, before its body is read: the busier the server, the less
+    it costs it to say so.
 
     Without keys everyone may everything but what needs the role admin, which nobody has.
     """
@@ -137,6 +146,7 @@ class Gate:
     def __init__(
         self,
         app: ASGIApp,
+        places: Places,
         keys: KeyRing | None,
         metrics: Metrics,
         limits: Limits,
@@ -144,6 +154,7 @@ class Gate:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._app = app
+        self._places = places
         self._keys = keys
         self._metrics = metrics
         self._documented = documented
@@ -155,15 +166,22 @@ class Gate:
         if scope["type"] != "http":
             return  # neither lifespan nor websocket: nothing here answers them
         route = find_route(scope.get("raw_path") or b"", self._documented)
+        generates = route in GENERATING and scope["method"] == "POST"
         try:
             caller = self._admit(route, scope)
             if route is None:
                 raise not_found()
-        except HttpError as error:
+            if generates and (refusal := self._places.refusal_of(caller.name)) is not None:
+                raise refusal
+        except (HttpError, Refusal) as error:
             scope.get(FIELDS, {})["outcome"] = error.code
-            if route in GENERATING and scope["method"] == "POST":
+            if generates and route is not None:
                 self._metrics.request_refused(route, error.code)
-            await error_response(error.code, error.problems, error.headers)(scope, receive, send)
+            if isinstance(error, Refusal):
+                answer = refusal_response(error)
+            else:
+                answer = error_response(error.code, error.problems, error.headers)
+            await answer(scope, receive, send)
             return
         scope[CALLER] = caller
         share = self._intake.watch(receive)

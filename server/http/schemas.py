@@ -181,7 +181,11 @@ class GenerateBody(BaseModel):
         "up to 256 characters", "shares cached prefixes only with itself", max_length=256
     )
     deadline_ms: int | None = parameter(
-        "an integer from 100 to 3600000", "milliseconds from arrival", ge=100, le=3_600_000
+        "an integer from 100 to 3600000",
+        "milliseconds from arrival",
+        ge=100,
+        le=3_600_000,
+        shown="the server's `--deadline-ms`",
     )
     dry_run: bool | None = parameter(
         "true or false", "says what the request would be, and generates nothing", shown="false"

@@ -12,6 +12,7 @@ from typing import Any
 
 import llguidance
 
+from server.engine.grammar_limits import grammar_limits
 from server.generation import GrammarKind
 
 MAX_CHARACTERS = 64 * 1024
@@ -53,7 +54,7 @@ def compile_grammar(kind: GrammarKind, value: Any) -> str:
         made = _make(kind, value)
     except (ValueError, RecursionError) as error:
         raise GrammarProblem(f"{kind} cannot be used: {_one_line(str(error))}", False) from error
-    limits = llguidance.LLParserLimits(max_grammar_size=200_000, max_lexer_states=50_000, verbose_errors=False)
+    limits = grammar_limits()
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(made, limits=limits)
     if failed:
         raise _problem(kind, messages[0] if messages else "it is not valid")

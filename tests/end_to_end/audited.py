@@ -8,6 +8,7 @@ One line an event: its name and its arguments. See https://docs.python.org/3/lib
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,13 @@ def install(path: Path) -> None:
             os.write(descriptor, f"{event} {shown}\n".encode("utf-8", "replace"))
 
     sys.addaudithook(hook)
+    freeze = gc.freeze
+
+    def frozen() -> None:
+        freeze()
+        os.write(descriptor, f"gc.freeze {gc.get_freeze_count()}\n".encode())
+
+    gc.freeze = frozen  # no event tells of it
 
 
 def main() -> None:

@@ -52,13 +52,16 @@ class Answer:
         return next(event["usage"] for event in reversed(self.events) if "usage" in event)
 
 
-async def post(server: RunningServer, request: dict[str, Any], *, leave_after: int | None = None) -> Answer:
-    """POST /generate. With `leave_after`, close the connection after so many events of the stream (0: at once)."""
+async def post(
+    server: RunningServer, request: dict[str, Any], *, path: str = "/generate", leave_after: int | None = None
+) -> Answer:
+    """POST /generate, or another path. With `leave_after`, close the connection after so many events of the stream
+    (0: at once)."""
     reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
         body = json.dumps(request).encode()
         head = (
-            f"POST /generate HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {server.host}\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         writer.write(head.encode() + body)

@@ -14,7 +14,7 @@ import pytest
 
 from loadtests.processes import RunningServer, running_server
 from server.http.routes import ROUTES
-from tests.server.http.wire import Connection, RawAnswer, get, post
+from tests.server.http.wire import Connection, RawAnswer, get, post, wait_for
 
 BODIES = (
     ("/generate", {"prompt": "Once", "max_new_tokens": 4}),
@@ -44,7 +44,7 @@ class Audited:
 
     def __init__(self, server: RunningServer, folder: Path) -> None:
         self.server = server
-        self._folder = folder
+        self.folder = folder
         self._seen: dict[str, int] = {}
 
     def ask(self, data: bytes) -> RawAnswer:
@@ -53,7 +53,7 @@ class Audited:
             return connection.answer()
 
     def events(self, role: str) -> list[str]:
-        lines = (self._folder / role).read_text().splitlines()
+        lines = (self.folder / role).read_text().splitlines()
         start = self._seen.get(role, 0)
         self._seen[role] = len(lines)
         return lines[start:]
@@ -71,7 +71,7 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Audited]:
 def suspicious(line: str) -> bool:
     """Whether an event is none of those that an import, or a look at the machine's memory, has too."""
     event, _, arguments = line.partition(" ")
-    if event in ("compile", "import", "exec", "marshal.loads", "code.__new__"):
+    if event in ("compile", "import", "exec", "marshal.loads", "code.__new__", "gc.freeze"):
         return False
     if event != "open":
         return True
@@ -108,6 +108,17 @@ def test_the_hooks_see_the_start(audited: Audited) -> None:
     assert any(line.startswith("open") and "model.safetensors" in line for line in engine)
     for lines in (http, engine):
         assert not any(line.startswith(("pickle.find_class", "socket.connect", "urllib.Request")) for line in lines)
+
+
+def test_the_collector_leaves_alone_what_was_loaded(audited: Audited) -> None:
+    """Else it looks at all of it in the middle of a request, and every stream waits."""
+    for role in ("serve", "engine"):
+
+        def frozen(role: str = role) -> bool:
+            lines = (audited.folder / role).read_text().splitlines()
+            return any(line.startswith("gc.freeze") and int(line.split()[1]) > 10_000 for line in lines)
+
+        wait_for(frozen)
 
 
 def test_nothing_is_done_but_to_answer(audited: Audited) -> None:

@@ -6,6 +6,7 @@ Eight times, or as many as the environment variable STET_KILLS says.
 from __future__ import annotations
 
 import asyncio
+import json
 import operator
 import os
 import random
@@ -42,8 +43,23 @@ def engine_pid(server: RunningServer) -> int | None:
     return None
 
 
-def a_request(rng: random.Random) -> dict[str, Any]:
-    return {
+# Long enough to be cut off in the middle.
+ANIMALS = {"type": "array", "items": {"enum": ["fox", "owl", "hen", "bee"]}, "minItems": 25, "maxItems": 40}
+ARGUMENTS = {"type": "object", "properties": {"them": ANIMALS}, "required": ["them"], "additionalProperties": False}
+FEED = {"type": "function", "function": {"name": "feed", "parameters": ARGUMENTS, "strict": True}}
+
+
+def a_request(rng: random.Random, kind: int) -> tuple[str, dict[str, Any]]:
+    """A path and a body: of four kinds the last two are held to a schema, by name and by a tool."""
+    drawn = {"temperature": rng.choice([0.0, 1.0]), "seed": rng.randrange(4), "stream": True}
+    if kind == 2:
+        body = {"prompt": "Animals: ", "json_schema": ANIMALS, "max_new_tokens": 250, "return_token_ids": True}
+        return "/generate", body | drawn
+    if kind == 3:
+        asked = [{"role": "user", "content": rng.choice(["Feed them.", "Who is hungry?"])}]
+        body = {"model": "stet-tales", "messages": asked, "tools": [FEED], "tool_choice": "required"}
+        return "/v1/chat/completions", body | drawn | {"max_tokens": 300, "n": 2}
+    return "/generate", {
         "prompt": rng.choice(["Once upon a time", "A little fox", "In the old house by the river"]),
         "max_new_tokens": rng.randint(60, 160),
         "temperature": rng.choice([0.0, 0.8]),
@@ -55,8 +71,19 @@ def a_request(rng: random.Random) -> dict[str, Any]:
     }
 
 
+def said(answer: Answer) -> dict[int, str]:
+    """What each choice of a chat came to: its text, its calls' arguments, and why it ended."""
+    parts: dict[int, list[str]] = {}
+    for event in answer.events:
+        for choice in event["choices"]:
+            delta, calls = choice["delta"], choice["delta"].get("tool_calls") or []
+            words = [delta.get("content") or "", *(call["function"].get("arguments") or "" for call in calls)]
+            parts.setdefault(choice["index"], []).extend([*words, choice["finish_reason"] or ""])
+    return {index: "".join(words) for index, words in parts.items()}
+
+
 def test_kill_the_engine_again_and_again_under_load(server: RunningServer) -> None:
-    finished: list[tuple[dict[str, Any], Answer]] = []
+    finished: list[tuple[str, dict[str, Any], Answer]] = []
     num_finished = [0] * NUM_CLIENTS
     detections: list[float] = []
     recoveries: list[float] = []
@@ -64,12 +91,12 @@ def test_kill_the_engine_again_and_again_under_load(server: RunningServer) -> No
     async def client(number: int, stopped: asyncio.Event) -> None:
         rng = random.Random(number)
         while not stopped.is_set():
-            request = a_request(rng)
-            answer = await asyncio.wait_for(post(server, request), timeout=60)
+            path, request = a_request(rng, number % 4)
+            answer = await asyncio.wait_for(post(server, request, path=path), timeout=60)
             if answer.status == 503:  # refused while the engine restarts: nothing was begun
                 await asyncio.sleep(0.1)
                 continue
-            finished.append((request, answer))
+            finished.append((path, request, answer))
             num_finished[number] += 1
 
     def status() -> int:
@@ -101,16 +128,25 @@ def test_kill_the_engine_again_and_again_under_load(server: RunningServer) -> No
     asyncio.run(run())
 
     undisturbed: dict[str, Answer] = {}
-    for request, answer in finished:
+    for path, request, answer in finished:
         assert answer.status == 200
-        assert answer.finish_reasons == ["length"], answer.events[-3:]
-        assert answer.event_ids == list(range(len(answer.event_ids)))
-        assert len(answer.token_ids) == request["max_new_tokens"] == answer.usage["completion_tokens"]
         key = repr(sorted(request.items()))
         if key not in undisturbed:
-            undisturbed[key] = asyncio.run(post(server, request))
-        assert answer.token_ids == undisturbed[key].token_ids
-        assert answer.text == undisturbed[key].text
+            undisturbed[key] = asyncio.run(post(server, request, path=path))
+        right = undisturbed[key]
+        if path != "/generate":
+            assert said(answer) == said(right)
+            assert all(words.endswith("}tool_calls") for words in said(answer).values()), said(answer)
+            continue
+        assert answer.event_ids == list(range(len(answer.event_ids)))
+        assert answer.finish_reasons == right.finish_reasons == ["stop" if "json_schema" in request else "length"]
+        if "json_schema" in request:
+            assert 25 <= len(json.loads(answer.text)) <= 40
+        else:
+            assert len(answer.token_ids) == request["max_new_tokens"]
+        assert len(answer.token_ids) == answer.usage["completion_tokens"]
+        assert answer.token_ids == right.token_ids
+        assert answer.text == right.text
     assert metrics(server)["stet_engine_restarts_total"] == NUM_KILLS
     print(
         f"\n{NUM_KILLS} kills, {len(finished)} streams; noticed after at most {max(detections):.3f} s, "

@@ -45,21 +45,23 @@ def test_a_burst_never_exceeds_the_places(tmp_path: Path) -> None:
         async def burst() -> tuple[list[Answer], list[float]]:
             done = asyncio.Event()
             probing = asyncio.create_task(probe(server, done))
-            body = SHORT | {"max_new_tokens": 400}
+            body = SHORT | {"max_new_tokens": 300}
             answers = await repeated(200, 200, lambda i: ask(server, body | {"seed": i}))
             done.set()
             await settled(server)
             return answers, await probing
 
-        answers, probes = asyncio.run(burst())
-    accepted = [answer for answer in answers if answer.status == 200]
-    refused = [answer for answer in answers if answer.status == 429]
-    # All 200 are there before the first is done: 400 steps take longer than the connections.
-    assert 12 <= len(accepted) <= 16
-    assert len(accepted) + len(refused) == 200
-    assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
-    assert max(answer.seconds for answer in refused) < min(answer.seconds for answer in accepted)
-    assert max(probes) < 0.5
+        # The second finds as many places as the first: each was given back, and once.
+        bursts = [asyncio.run(burst()) for _ in range(2)]
+    for answers, probes in bursts:
+        accepted = [answer for answer in answers if answer.status == 200]
+        refused = [answer for answer in answers if answer.status == 429]
+        # All 200 are there before the first is done: 300 steps take longer than the connections.
+        assert 12 <= len(accepted) <= 16
+        assert len(accepted) + len(refused) == 200
+        assert all(1 <= int(answer.headers["retry-after"]) <= 60 for answer in refused)
+        assert max(answer.seconds for answer in refused) < min(answer.seconds for answer in accepted)
+        assert max(probes) < 0.5
 
 
 def test_the_probe_answers_whatever_else_is_open(server: RunningServer) -> None:

@@ -60,6 +60,7 @@ class Options:
     stop_after        tokens after which it stops altogether (SIGSTOP)
     garbage_after     tokens after which it sends bytes that are no frame
     poison_token      a prompt with this token ends the process when its output reaches poison_position
+    refuse            why every request is refused
     long_step_at      the step of this number takes long_step_seconds, and predicts predicted_seconds
     """
 
@@ -88,6 +89,7 @@ class Options:
     garbage_after: int | None = None
     poison_token: int | None = None
     poison_position: int = 0
+    refuse: str | None = None
     long_step_at: int | None = None
     long_step_seconds: float = 0.0
     predicted_seconds: float = 0.0
@@ -175,6 +177,10 @@ class FakeEngine:
             answer = Delta(message.request_id, [], FinishReason.STOP, first=first)
             frame = encode(StepOutput([answer]))
             self.outbox += frame  # the lock is held
+            self.flush()
+        elif isinstance(message, Submit) and self.options.refuse is not None:
+            refused = Delta(message.request_id, [], FinishReason.ERROR, error=self.options.refuse, refused=True)
+            self.outbox += encode(StepOutput([refused]))
             self.flush()
         elif isinstance(message, Submit):
             base = _base(message.prompt_token_ids, message.params.seed, message.choice)

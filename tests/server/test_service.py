@@ -307,6 +307,27 @@ def test_problems_that_need_the_tokens(
     run(tmp_path, test, max_model_len=100)
 
 
+@pytest.mark.parametrize(
+    ("request_", "code", "param"),
+    [
+        (GenerationRequest(prompt="x", grammar=("regex", "a+"), n=2), "unsupported_grammar", "regex"),
+        (GenerationRequest(prompt="x"), "invalid_request", None),
+    ],
+)
+def test_what_the_engine_refuses_is_the_clients_to_mend(
+    tmp_path: Path, request_: GenerationRequest, code: str, param: str | None
+) -> None:
+    """It has the last word: with the model's tokens a grammar may be too complex that was none without them."""
+
+    async def test(server: Server) -> None:
+        with pytest.raises(Refusal, match="too much") as caught:
+            await collect(server.service, request_)
+        assert (caught.value.code, caught.value.problems[0].param) == (code, param)
+        assert server.books.outcomes == {code: 1}
+
+    run(tmp_path, test, refuse="it is too much")
+
+
 def test_the_cache_may_hold_less_than_the_model_allows(tmp_path: Path) -> None:
     async def test(server: Server) -> None:
         assert server.service.info()["context_length"] == 65
@@ -414,6 +435,17 @@ def test_what_was_spent_is_told_whatever_the_end(tmp_path: Path) -> None:
     assert spent[1][0] == "b"
     assert 3 < spent[1][1] <= 7, "the prompt counts even if its reader leaves"
     assert all(tokens == 0 for _, tokens in spent[2:])
+
+
+def test_a_request_without_a_deadline_has_the_servers(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        assert server.service.info()["defaults"]["deadline_ms"] == 300
+        late = await collect(server.service, ids_request([5], max_new_tokens=4000, ignore_eos=True))
+        own = await collect(server.service, ids_request([5], max_new_tokens=50, ignore_eos=True, deadline_ms=5000))
+        assert (late.end.finish_reason, own.end.finish_reason) == (FinishReason.DEADLINE, FinishReason.LENGTH)
+        await server.settled()
+
+    run(tmp_path, test, settings=ServiceSettings(default_deadline_ms=300), step_seconds=0.01)
 
 
 def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: Path) -> None:

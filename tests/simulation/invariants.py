@@ -1,18 +1,20 @@
 """What must hold at every step, seen from the outside: from plans, statuses and counts, not from how they came about.
 
 Each check raises Violation. Whether tokens are right is the driver's verdict; here is everything else that is promised:
-limits of a step, streams that never wait for prompts, shares of tenants, order of admission and preemption, contents of
-what can be found in the cache, and books that balance.
+limits of a step, streams that never wait for prompts, shares of tenants in places, steps and turns, order of admission
+and preemption, contents of what can be found in the cache, and books that balance.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from server.engine.block_pool import BlockKey
 from server.engine.plan import RequestOutput, StepCounters, StepPlan, StepResult
 from server.engine.request import Request, RequestStatus
 from server.engine.scheduler import Scheduler
+from server.engine.step_shares import LINGERING_STEPS
 from tests.simulation.device import Device
 from tests.simulation.oracle import extend, salt_number, stored_value
 from tests.simulation.world import World
@@ -29,13 +31,14 @@ def require(condition: bool, message: str, *details: object) -> None:
 
 @dataclass(slots=True)
 class Known:
-    """A request as an onlooker knows it."""
+    """A request as an onlooker knows it. admitted: in turn; left_out: steps since it was due and not planned."""
 
     request: Request
     limit: int
     added_step: int
     high_water: int
     admitted: bool = False
+    left_out: int = 0
 
 
 @dataclass(slots=True)
@@ -60,6 +63,8 @@ class Watch:
     waiting: list[Known] = field(default_factory=list)
     busy: set[int] = field(default_factory=set)
     due: list[Request] = field(default_factory=list)
+    places: Counter[str] = field(default_factory=Counter)
+    last_ran: dict[str, int] = field(default_factory=dict)
     totals: StepCounters = field(default_factory=StepCounters)
     expected: StepCounters = field(default_factory=StepCounters)
     contents: dict[int, tuple[BlockKey, int, list[int]]] = field(default_factory=dict)
@@ -89,6 +94,7 @@ class Watch:
             for known in self.known.values()
             if known.request.status is RequestStatus.WAITING and known.request.request_id not in self.busy
         ]
+        self.places = self._places()
         self.due = [
             known.request
             for known in self.known.values()
@@ -105,7 +111,10 @@ class Watch:
             self._check_limits(plan, scheduler)
         if not alone:
             self._check_streams(plan, scheduler)
-        self._check_admissions(plan, scheduler)
+            if plan is not None:
+                self._check_shares(plan, scheduler)
+                self._check_places(scheduler)
+        self._check_admissions(scheduler)
         self._check_victims(plan, scheduler)
 
     def after_update(self, scheduler: Scheduler, result: StepResult, outputs: list[RequestOutput]) -> None:
@@ -146,16 +155,34 @@ class Watch:
             require(all(scheduler.pool.ref_count(b) == 1 for b in blocks), "a shared block is written:", blocks)
             written.update(blocks)
 
+    def _places(self) -> Counter[str]:
+        running = (known.request for known in self.known.values() if known.request.status is RequestStatus.RUNNING)
+        return Counter(request.tenant for request in running)
+
     def _check_streams(self, plan: StepPlan | None, scheduler: Scheduler) -> None:
-        """A due stream is in the step, unless there is no block for it; beside one, prompts stay small."""
+        """A due stream is in the step, unless there is no block for it or its tenant's other streams have their turn;
+        beside one, prompts stay small."""
         planned_ids = {planned.request.request_id for planned in plan.requests} if plan is not None else set()
         full = scheduler.num_in_flight == self.world.config.pipeline_depth and plan is None
+        for tenant in self._places():
+            self.last_ran[tenant] = self.num_steps
+        several = sum(self.num_steps - step <= LINGERING_STEPS + 1 for step in self.last_ran.values()) > 1
         for request in self.due:
+            known = self.known[request.request_id]
             if request.request_id in planned_ids or request.status is not RequestStatus.RUNNING or full:
+                known.left_out = 0
                 continue
             needs_block = request.num_computed_tokens == len(request.block_ids) * self.world.config.block_size
-            require(needs_block, "a stream waits and needs nothing: request", request.request_id)
-            require(scheduler.pool.num_available == 0, "a stream waits for a block that is there:", request.request_id)
+            if needs_block and scheduler.pool.num_available == 0:
+                continue
+            others = any(r.request_id in planned_ids for r in self.due if r.tenant == request.tenant)
+            # Or the one that had its turn is preempted, or waits for a block.
+            lost = scheduler.pool.num_available == 0 or (plan is not None and bool(plan.preempted_ids))
+            require(several and (others or lost), "a stream waits and needs nothing: request", request.request_id)
+            known.left_out += 1
+            # Each of the others goes before it once, and once more where it could not use its turn for lack of a block.
+            bound = 2 * self.world.config.max_running
+            require(known.left_out <= bound, "a stream never has its turn: request", request.request_id)
         if plan is not None and any(request.status is RequestStatus.RUNNING for request in self.due):
             config = self.world.config
             prompts = [planned for planned in plan.requests if planned.num_new_tokens > 1]
@@ -165,15 +192,60 @@ class Watch:
             ]
             require(sum(costs) <= config.mixed_step_tokens + 1e-9, "prompts beside streams:", costs)
 
+    def _check_shares(self, plan: StepPlan, scheduler: Scheduler) -> None:
+        """A flood does not make the step of the others long: it is at most a quarter longer than the shortest of the
+        tenants' own steps, or as long as if each did as much as that one; and what is left out of it belongs to a
+        tenant that got as much as any. All but for one row and two tokens a tenant."""
+        times, places = self.world.config.step_times, self._places()
+        if len(places) < 2 or scheduler.pool.num_available == 0 or plan.preempted_ids:
+            return
+        item = times.row_ns + 2 * times.token_ns
+        got: Counter[str] = Counter()
+        for planned in plan.requests:
+            is_row = planned.num_new_tokens == 1 and planned.request in self.due
+            got[planned.request.tenant] += times.row_ns if is_row else planned.num_new_tokens * times.token_ns
+        planned_ids = {planned.request.request_id for planned in plan.requests}
+        left_out = {
+            request.tenant
+            for request in self.due
+            if request.status is RequestStatus.RUNNING and request.request_id not in planned_ids
+        }
+        for tenant in left_out:
+            require(got[tenant] + item >= max(got.values()), f"{tenant} has less of the step than others:", got)
+        catching_up = {
+            known.request.tenant
+            for known in self.known.values()
+            if known.request.status is RequestStatus.RUNNING and known.request not in self.due
+        }
+        content = [got[tenant] for tenant in places if tenant not in left_out | catching_up and got[tenant]]
+        if content:
+            least, base = min(content), times.base_ns
+            bound = max(len(places) * least, 5 * (base + least) / 4 - base) + len(places) * item
+            require(got.total() <= bound, "one tenant makes the others' step long:", got, bound)
+
+    def _check_places(self, scheduler: Scheduler) -> None:
+        """Nobody waits without a place while another tenant has two, if there are blocks."""
+        config, places = self.world.config, self._places()
+        heads: dict[str, Known] = {}
+        for known in self.waiting:
+            tenant = known.request.tenant
+            first = tenant not in heads or self._rank(known) < self._rank(heads[tenant])
+            if known.request.status is RequestStatus.WAITING and first and not places[tenant] + self.places[tenant]:
+                heads[tenant] = known
+        if len(heads) == 1 and max(self.places.values(), default=0) > 1 and max(places.values(), default=0) > 1:
+            (known,) = heads.values()
+            blocks = -(-known.request.num_known_tokens // config.block_size) + 2 * (places.total() + 1)
+            require(scheduler.pool.num_available < blocks, "no place for request", known.request.request_id, places)
+
     def _rank(self, known: Known) -> tuple[int, int, int]:
         aging = self.world.config.priority_aging_steps
         return (known.added_step - aging * known.request.priority, known.request.arrival, known.request.request_id)
 
-    def _check_admissions(self, plan: StepPlan | None, scheduler: Scheduler) -> None:
-        """Within a tenant the best of those who wait goes first; between tenants nobody is passed over for long."""
+    def _check_admissions(self, scheduler: Scheduler) -> None:
+        """Within a tenant the best of those who wait goes first; between tenants nobody is passed over for long, but by
+        those that have fewer places."""
         admitted = [known for known in self.waiting if known.request.status is RequestStatus.RUNNING]
-        planned_ids = [planned.request.request_id for planned in plan.requests] if plan is not None else []
-        admitted.sort(key=lambda known: planned_ids.index(known.request.request_id))
+        admitted.sort(key=self._rank)
         waiting = list(self.waiting)
         for chosen in admitted:
             for other in waiting:
@@ -183,6 +255,12 @@ class Watch:
                         f"request {other.request.request_id} was passed over by {chosen.request.request_id}",
                     )
             waiting.remove(chosen)
+            if not scheduler._entries[chosen.request.request_id].paid:
+                mine, most = self.places[chosen.request.tenant], max(self.places.values(), default=0)
+                require(
+                    mine < max(most, 1), f"request {chosen.request.request_id} was admitted out of turn", self.places
+                )
+                continue
             if not chosen.admitted:
                 self._charge(chosen.request.tenant, chosen.limit)
                 self._credit(chosen.request.tenant, chosen.request.num_cached_tokens or 0)

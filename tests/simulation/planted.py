@@ -6,7 +6,7 @@ Every class is the real scheduler but for its docstring. `BUGS` has them by name
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from types import MethodType
 
@@ -338,11 +338,38 @@ class TenantsInOrder(Scheduler):
         super().__init__(*args)  # type: ignore[arg-type]
         queue = self._queue
 
-        def peek(_: object) -> Request | None:
-            heads = [tenant.waiting[0] for tenant in queue._tenants.values() if tenant.waiting]
+        def peek(_: object, among: Collection[str] | None = None) -> Request | None:
+            heads = [
+                tenant.waiting[0]
+                for name, tenant in queue._tenants.items()
+                if tenant.waiting and (among is None or name in among)
+            ]
             return min(heads, key=lambda waiting: waiting.rank).request if heads else None
 
         queue.peek = MethodType(peek, queue)  # type: ignore[method-assign]
+
+
+class FloodsFillSteps(Scheduler):
+    """A step is as long as all who run make it."""
+
+    def _share(self, running: list[Entry]) -> None:
+        return None
+
+
+class SameStreamsEveryStep(Scheduler):
+    """Of a tenant that has no room for all its streams, the best by rank have it in every step."""
+
+    def schedule(self, only: int | None = None) -> StepPlan | None:
+        for entry in self._running:
+            entry.turn = 0
+        return super().schedule(only)
+
+
+class NoPlaceByRight(Scheduler):
+    """A tenant without a place waits until the flood leaves it one."""
+
+    def _admit_by_right(self, displaced: list[int]) -> bool:
+        return True
 
 
 class WorstVictimFirst(Scheduler):
@@ -457,6 +484,9 @@ BUGS: dict[str, MakeScheduler] = {
         PromptsFirst,
         NoAging,
         TenantsInOrder,
+        FloodsFillSteps,
+        SameStreamsEveryStep,
+        NoPlaceByRight,
         WorstVictimFirst,
         TooManyVictims,
         CountsLostByRollback,

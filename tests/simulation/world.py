@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from server.engine.config import SchedulerConfig
+from server.engine.config import SchedulerConfig, StepTimes
 from server.engine.request import Request, SamplingParams
 from tests.simulation.oracle import VOCAB_SIZE
 
@@ -58,6 +58,7 @@ def make_world(seed: int) -> World:
         pipeline_depth=1 + seed % 2,
         priority_aging_steps=rng.randint(1, 24),
         prefix_caching=rng.random() < 0.9,
+        step_times=_step_times(seed),
         eos_token_ids=(0, 1) if rng.random() < 0.5 else (0,),
     )
     bits = rng.choice((None, None, 1, 3, 5))
@@ -75,11 +76,19 @@ def make_world(seed: int) -> World:
             "clock jump": 0.02,
         }.items()
     }
+    if not calm and seed % 8 == 3:  # and some with many of them at once, two steps in flight
+        chances |= {"preempt": 0.4, "exception": 0.3}
     extra_draws = rng.choice((0, 0, 0, 1, 3)) if config.pipeline_depth == 1 else 0
     arrivals = tuple(_arrivals(rng, config, calm))
     digest = full_digest if bits is None else truncated_digest(bits)
     config = replace(config, attention_span=random.Random(f"span {seed}").choice((None, None, 3, 20)))
     return World(seed, config, digest, arrivals, chances, extra_draws, rng)
+
+
+def _step_times(seed: int) -> StepTimes:
+    """From a generator of its own. Where the base is small, few rows of a flood fit beside another tenant's."""
+    rng = random.Random(f"step times of seed {seed}")
+    return StepTimes(rng.choice((0, 0, 3, 10, 40)), rng.randint(1, 12), rng.randint(1, 4))
 
 
 def _arrivals(rng: random.Random, config: SchedulerConfig, calm: bool) -> list[Arrival]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -13,12 +14,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from kernels.cuda.ops import CudaOps
 from kernels.portable import PortableOps
 from models.config import ModelConfig
 from models.layers import DecoderModel
 from models.loader import random_model
+from server.engine import cuda_runner
 from server.engine.config import SchedulerConfig
 from server.engine.core import EngineCore
 from server.engine.cuda_runner import BlockTableRows, CudaRunner, device_faults
@@ -332,6 +335,57 @@ def test_warm_up_runs_every_bucket_and_leaves_no_trace(monkeypatch: pytest.Monke
     batch = [Request(i, [5, 6, 7], SamplingParams(3, temperature=0.0, ignore_eos=True)) for i in range(2)]
     again = [Request(i, [5, 6, 7], SamplingParams(3, temperature=0.0, ignore_eos=True)) for i in range(2)]
     assert tokens(core, batch) == expected_tokens(again)
+
+
+class OddTokens:
+    """Grammars of sorts, and their matcher: after each token only odd ones."""
+
+    def matcher(self, grammar: str) -> OddTokens:
+        return self
+
+    def mask(self, output_token_ids: Sequence[int]) -> npt.NDArray[np.uint32]:
+        return np.full(-(-VOCAB // 32), 0xAAAAAAAA, dtype=np.uint32)
+
+
+def test_warm_up_compiles_what_masks_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant is a kernel with its constants, the types of its tensors and which of them are missing; and of the
+    integers that Triton specializes on, whether they are 1 or a multiple of 16."""
+    launched: set[tuple[object, ...]] = set()
+    run = InterpretedFunction.run
+
+    def recorded(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        loose = self.kwargs.get("do_not_specialize") or ()
+
+        def kind(name: str, value: Any) -> object:
+            if isinstance(value, torch.Tensor):
+                return value.dtype
+            constant = "constexpr" in str(inspect.signature(self.fn).parameters[name].annotation)
+            if not isinstance(value, int) or isinstance(value, bool) or constant:
+                return value
+            return "int" if name in loose else (value == 1, value % 16 == 0)
+
+        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        launched.add((self.__name__, *((name, kind(name, values.get(name))) for name in self.arg_names)))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded)
+    masked = tuple(params for params in cuda_runner._WARM_PARAMS if params.grammar)
+    monkeypatch.setattr(cuda_runner, "_WARM_PARAMS", masked)
+    model, ops = tiny()
+    runner = CudaRunner(
+        model, ops, kv_dtype=torch.float32, num_blocks=32, block_size=BLOCK, max_running=2, max_model_len=64,
+        max_tokens_per_step=4, eos_token_ids=(2,),
+    )  # fmt: skip
+    runner.compile_kernels()
+    compiled = set(launched)
+    launched.clear()
+    core = make_core(runner, 2, num_blocks=32, max_model_len=64, max_running=2, max_tokens_per_step=4)
+    core.grammars = OddTokens()  # type: ignore[assignment]
+    batch = [Request(i, [5, 6], SamplingParams(2, temperature=0.9, grammar="odd", ignore_eos=True)) for i in range(2)]
+    assert all(token % 2 for drawn in tokens(core, batch) for token in drawn)
+    assert any(name == "_mask" for name, *_ in launched)
+    assert {variant for variant in launched if variant[0] == "_mask"} <= compiled
+    assert {name for name, *_ in launched} <= {name for name, *_ in compiled}
 
 
 # ---- block tables ----

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from kernels.ops import KVCacheSpec
-from server.engine.config import EngineConfig
+from models.config import ModelConfig
+from server.engine.build import check_length
+from server.engine.config import EngineConfig, StartupError
 from server.engine.memory import (
     GRAPH_BYTES,
     GpuUse,
@@ -25,6 +27,26 @@ def test_unasked_it_is_what_the_running_requests_can_fill() -> None:
     plan = plan_kv_cache(SPECS, EngineConfig(max_running=4), max_positions=1000, free_bytes=1 << 40)
     assert (plan.num_blocks, plan.max_model_len) == (4 * 63, 1000)
     assert plan.kv_cache_bytes == plan.num_blocks * BLOCK
+
+
+def test_longrope_beyond_its_first_length_is_refused_by_name() -> None:
+    """Its config.json promises more positions than are served, so the usual message would be of no help."""
+    phi3 = {
+        "architectures": ["Phi3ForCausalLM"],
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [2.0] * 16},
+    }
+    model = ModelConfig.from_hf(phi3)
+    check_length(EngineConfig(max_model_len=4096), model)
+    with pytest.raises(StartupError, match=r"--max-model-len 4097 is not supported.*longrope.*beyond 4096 tokens"):
+        check_length(EngineConfig(max_model_len=4097), model)
 
 
 def test_scarce_memory_gives_fewer_blocks_then_a_shorter_context() -> None:

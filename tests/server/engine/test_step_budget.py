@@ -1,32 +1,42 @@
-"""What a step may take of prompts, and the warm-up's figures that say it."""
+"""What a step may take of prompts."""
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.build import WarmUp
 from server.engine.step_budget import StepBudget
+
+
+def take(budget: StepBudget, position: int, wanted: int) -> int:
+    taken = budget.room(position, wanted)
+    budget.spend(position, taken)
+    return taken
 
 
 def test_without_streams_only_the_number_counts() -> None:
     budget = StepBudget(10, None, attention_span=1)
-    assert (budget.take(1000, 7), budget.take(0, 7), bool(budget), budget.take(0, 1)) == (7, 3, False, 0)
+    assert (take(budget, 1000, 7), take(budget, 0, 7), bool(budget), take(budget, 0, 1)) == (7, 3, False, 0)
 
 
 def test_a_token_far_along_takes_more_of_the_allowance() -> None:
-    assert StepBudget(100, 16, None).take(2000, 50) == 16
-    assert StepBudget(100, 16, 2000).take(0, 50) == 16
-    assert StepBudget(100, 16, 2000).take(2000, 50) == 8
-    assert StepBudget(100, 16, 2000).take(14_000, 50) == 2
+    assert take(StepBudget(100, 16, None), 2000, 50) == 16
+    assert take(StepBudget(100, 16, 2000), 0, 50) == 16
+    assert take(StepBudget(100, 16, 2000), 2000, 50) == 8
+    assert take(StepBudget(100, 16, 2000), 14_000, 50) == 2
     budget = StepBudget(100, 16, 2000)
-    assert [budget.take(2000, 4), budget.take(0, 50), bool(budget)] == [4, 8, False]
+    assert [take(budget, 2000, 4), take(budget, 0, 50), bool(budget)] == [4, 8, False]
+
+
+def test_a_step_that_was_closed_has_no_room() -> None:
+    budget = StepBudget(10, 5, None)
+    budget.close()
+    assert (bool(budget), budget.room(0, 3)) == (False, 0)
 
 
 def test_a_prompt_goes_on_however_long_it_is() -> None:
     budget = StepBudget(100, 16, 10)
-    assert [budget.take(1_000_000, 50), bool(budget), budget.take(0, 50)] == [1, False, 0]
+    assert [take(budget, 1_000_000, 50), bool(budget), take(budget, 0, 50)] == [1, False, 0]
 
 
 @given(
@@ -42,7 +52,7 @@ def test_nothing_is_exceeded_but_by_one_token(
     cost, taken = 0.0, []
     for position, wanted in prompts:
         had_room = bool(budget)
-        taken.append(budget.take(position, wanted))
+        taken.append(take(budget, position, wanted))
         assert (taken[-1] > 0) == had_room
         assert taken[-1] <= wanted
         each = 1 + position / span if span else 1
@@ -51,19 +61,3 @@ def test_nothing_is_exceeded_but_by_one_token(
             assert not budget
         cost += taken[-1] * each
     assert sum(taken) <= tokens
-
-
-def test_what_the_warm_up_measures() -> None:
-    figures = WarmUp(0.010, 0.400, 256, first_chunk_seconds=0.030, late_chunk_seconds=0.045, context=2000)
-    assert figures.mixed_step_tokens == 16  # 25 ms at 640 tokens a second
-    assert figures.attention_span == 4000
-    assert WarmUp(0.1, 0.4, 256).mixed_step_tokens == 128  # two decode steps
-    assert WarmUp(0.001, 400.0, 256).mixed_step_tokens == 1
-
-
-@pytest.mark.parametrize(("late", "context"), [(0.031, 2000), (0.020, 2000), (0.045, 0)])
-def test_no_span_where_attention_adds_nothing_that_can_be_told(late: float, context: int) -> None:
-    assert (
-        WarmUp(0.01, 0.4, 256, first_chunk_seconds=0.030, late_chunk_seconds=late, context=context).attention_span
-        is None
-    )

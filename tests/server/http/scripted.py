@@ -22,6 +22,7 @@ from server.generation import (
     Event,
     GenerationRequest,
     Problem,
+    Refusal,
     Started,
     TextDelta,
     Timings,
@@ -76,6 +77,7 @@ class ScriptedService:
     found: list[Problem] = field(default_factory=list)
     seen: list[GenerationRequest] = field(default_factory=list)
     num_open: int = 0
+    refusal: Refusal | None = None
 
     def problems(self, request: GenerationRequest) -> list[Problem]:
         return self.found
@@ -108,6 +110,9 @@ class ScriptedService:
 
     def detokenize(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return f"{list(token_ids)} {skip_special_tokens}"
+
+    def refusal_of(self, tenant: str) -> Refusal | None:
+        return self.refusal
 
     def info(self) -> dict[str, Any]:
         return {"model": "tiny"}

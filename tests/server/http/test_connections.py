@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 
@@ -411,10 +412,14 @@ def test_leave_in_the_middle_of_the_body(server: ServerThread) -> None:
 
 
 def test_a_reader_that_stalls_is_cut_off(server: ServerThread) -> None:
+    num_taken = 0
+
     async def flood(request: GenerationRequest) -> AsyncIterator[Event]:
+        nonlocal num_taken
         yield Started("gen-1", "tiny", 7)
         while True:
             yield TextDelta(0, "word " * 4000, (5,))
+            num_taken += 1
             await asyncio.sleep(0)
 
     server.service.script = flood
@@ -424,6 +429,28 @@ def test_a_reader_that_stalls_is_cut_off(server: ServerThread) -> None:
         wait_for(lambda: server.service.num_open == 1)
         wait_for(lambda: server.service.num_open == 0, 10)
         assert time.monotonic() - began > LIMITS.stall_seconds * 0.9
+    assert num_taken < 500, "what is not read is not asked for: 20 kB each, and the system's buffers hold some MB"
+
+
+def test_an_answer_that_nobody_reads_does_not_keep_its_connection(server: ServerThread) -> None:
+    """It is complete and the connection is closing: that waits for the rest to be read, but not for ever."""
+    size = 16 * 2**20
+
+    async def large(request: GenerationRequest) -> AsyncIterator[Event]:
+        yield Started("gen-1", "tiny", 7)
+        yield TextDelta(0, "x" * size, (5,))
+        yield ChoiceFinished(0, FinishReason.LENGTH)
+        yield completed()
+
+    server.service.script = large
+    with Connection(server.port, receive_buffer=4096) as connection:
+        connection.send(post(OK, "/generate", "Connection: close"))
+        time.sleep(LIMITS.stall_seconds + 0.5)
+        arrived = 0
+        with contextlib.suppress(ConnectionResetError):
+            while data := connection.sock.recv(2**20):
+                arrived += len(data)
+    assert arrived < size
 
 
 def test_a_slow_reader_loses_nothing(server: ServerThread) -> None:

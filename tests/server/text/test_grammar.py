@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -9,7 +10,9 @@ import llguidance
 import numpy as np
 import pytest
 
-from server.text.grammar import GrammarProblem, compile_grammar
+from server.engine.grammar import GrammarError, Grammars
+from server.text.grammar import SCHEMA_OPTIONS, GrammarProblem, compile_grammar
+from tests.server.text.tokenizers import byte_level
 
 
 def accepts(grammar: str, text: str) -> bool:
@@ -97,3 +100,17 @@ def test_hostile_grammars_cost_little(kind: Any, value: Any) -> None:
             break
         matcher.consume_token(int(ids[0]))
     assert time.monotonic() - began < 3
+
+
+def test_both_processes_have_the_same_limits() -> None:
+    """2,000 arrays of different lengths: far below the length of a text that is compiled, and seconds of work."""
+    schema = {"anyOf": [{"type": "array", "maxItems": size} for size in range(1, 1700)]}
+    began = time.perf_counter()
+    with pytest.raises(GrammarProblem, match="too big"):
+        compile_grammar("json_schema", schema)
+    assert time.perf_counter() - began < 1
+    made = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SCHEMA_OPTIONS)  # type: ignore[arg-type]
+    began = time.perf_counter()
+    with pytest.raises(GrammarError, match="too big"):
+        Grammars(byte_level().to_str(), 362, [0]).matcher(made)
+    assert time.perf_counter() - began < 1

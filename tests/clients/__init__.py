@@ -1,0 +1,1 @@
+"""Clients whose dependencies conflict with the server's pins, in an environment of their own: `make test-clients`."""
