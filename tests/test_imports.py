@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "models", "server")
 
 # The scheduler and its parts: a function of the calls so far, and of nothing else.
-PURE_NAMES = ("admission", "block_pool", "books", "fair_queue", "scheduler", "step_shares")
+PURE_NAMES = ("admission", "block_pool", "books", "fair_queue", "scheduler", "step_budget", "step_shares")
 PURE = (
     *(f"server.engine.{name}" for name in PURE_NAMES),
     *(f"server.engine.{n}" for n in ("config", "plan", "request", "scores")),
