@@ -67,7 +67,7 @@ class StepShares:
         for tenant in tenants:
             if not num_rows[tenant] and not num_tokens[tenant]:
                 num_rows[tenant] = 1
-        budget = config.max_tokens_per_step - num_rows.total()
+        budget = max(config.max_tokens_per_step - num_rows.total(), 1)
         tokens = shared_out(num_tokens, min(budget, config.mixed_step_tokens) if due else budget)
         wanted = {
             tenant: num_rows[tenant] * times.row_ns + tokens.get(tenant, 0) * times.token_ns

@@ -163,16 +163,18 @@ def test_overload_is_429_before_any_header(tmp_path: Path) -> None:
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
             assert int(answer.headers["retry-after"]) >= 1
             assert answer.headers["content-type"] == "application/json"
-        assert server.generate(prompt="y", top_p=7).status_code == 400
+        # Nor is anything in it looked at.
+        assert server.generate(prompt="y", top_p=7).status_code == 429
         for path in ("/livez", "/readyz", "/metrics"):
             assert server.get(path).status_code == 200
-        assert server.metric('stet_requests_total{endpoint="/generate",outcome="queue_full"}') == 2
+        assert server.metric('stet_requests_total{endpoint="/generate",outcome="queue_full"}') == 3
         for connection in connections:
             connection.sock.close()
         # Both leave, one while it waits: their places are free at once.
         wait_for(lambda: server.metric("stet_requests_running") + server.metric("stet_requests_waiting") == 0, 3)
         assert server.metric('stet_requests_total{endpoint="/generate",outcome="cancelled"}') == 2
         assert server.generate(prompt="y", max_new_tokens=2).status_code == 200
+        assert server.generate(prompt="y", top_p=7).status_code == 400
 
 
 def test_an_engine_that_dies_and_a_request_that_kills_it(tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ class Watch:
             self._check_streams(plan, scheduler)
             if plan is not None:
                 self._check_shares(plan, scheduler)
-                self._check_places(scheduler)
+                if not plan.preempted_ids:  # which gave blocks back when the places had been given out
+                    self._check_places(scheduler)
         self._check_admissions(scheduler)
         self._check_victims(plan, scheduler)
 
