@@ -145,3 +145,11 @@ async def exchange(target: Target, request: bytes, on_event: OnEvent | None = No
         raise
     transport.close()
     return reply
+
+
+async def send_and_leave(target: Target, request: bytes) -> None:
+    """Send one request and close the connection without a look at the answer. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.create_connection(asyncio.Protocol, target.address, target.port, ssl=target.tls)
+    transport.write(request)
+    transport.close()

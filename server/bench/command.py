@@ -190,10 +190,13 @@ async def _prepare(flags: argparse.Namespace) -> Plan:
     try:
         target = await resolve(flags.url, flags.api_key or os.environ.get("STET_BENCH_KEY"))
         dialect, server, context = await discover(target, flags.api, flags.model)
-        ask = Ask(workload.text(_PROBE_WORDS, rng), 2, not flags.stop_at_eos, flags.temperature)
+        probe = f"{workload.fresh_words()} {workload.text(_PROBE_WORDS, rng)}"
+        ask = Ask(probe, 2, not flags.stop_at_eos, flags.temperature)
         rate = await tokens_per_word(target, dialect, ask)
     except OSError as error:
-        raise BenchError(f"{flags.url}: {error.strerror or error}") from None
+        # asyncio's own words for an errno say less; a failed look-up of a name has a negative one.
+        known = error.errno is not None and error.errno > 0
+        raise BenchError(f"{flags.url}: {os.strerror(error.errno or 0).lower() if known else error}") from None
     except (WireError, ValueError) as error:
         raise BenchError(f"{flags.url}: {error}") from None
     system = workload.text(round(flags.system_tokens / rate), rng) if flags.system_tokens else ""

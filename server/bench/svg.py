@@ -53,23 +53,24 @@ def log_ticks(low: float, high: float) -> list[float]:
     at or below, the last at or above."""
     factors = (1, 2, 5) if high / low < 1e3 else (1,)
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1
-    return _covering([m * 10.0**e for e in range(first, last + 1) for m in factors], low, high)
+    steps = [m * 10.0**e for e in range(first, last + 1) for m in factors]
+    return _covering(steps, low * (1 + 1e-9), high * (1 - 1e-9))
 
 
 def linear_ticks(low: float, high: float) -> list[float]:
     """About five round numbers that cover low to high."""
-    width = (high - low) or abs(high) or 1.0
+    # What differs in the last digits only is the same.
+    width = high - low if high - low > 1e-9 * max(abs(low), abs(high)) else abs(high) or 1.0
     raw = width / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
     first = math.floor(low / step + 1e-9)
-    return _covering([step * n for n in range(first, first + 10)], low, high)
+    return _covering([step * n for n in range(first, first + 10)], low + 1e-6 * step, high - 1e-6 * step)
 
 
 def _covering(steps: list[float], low: float, high: float) -> list[float]:
-    slack = 1e-9 * max(abs(low), abs(high))
-    first = max((i for i, step in enumerate(steps) if step <= low + slack), default=0)
-    last = min((i for i, step in enumerate(steps) if step >= high - slack), default=len(steps) - 1)
+    first = max((i for i, step in enumerate(steps) if step <= low), default=0)
+    last = min((i for i, step in enumerate(steps) if step >= high), default=len(steps) - 1)
     return steps[first : max(last, first + 1) + 1]
 
 
@@ -106,7 +107,7 @@ class _Scale:
     def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
         usable = [value for value in values if not axis.log or value > 0]
         low, high = (min(usable), max(usable)) if usable else (1.0, 2.0)
-        if axis.low is not None:
+        if axis.low is not None and not axis.log:
             low = min(low, axis.low)
         self.ticks = log_ticks(low, high) if axis.log else linear_ticks(low, high)
         self._log, self._start, self._end = axis.log, start, end

@@ -187,6 +187,11 @@ def test_the_client_says_when_it_was_the_limit() -> None:
     assert "others on this machine" in client_health(idle, [0.05])["warnings"][0]
 
 
+def test_percentiles_are_values_that_occurred() -> None:
+    assert percentile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.0
+    assert percentile([*range(100)], 0.99) == 98
+
+
 def test_nothing_completed_is_reported_and_not_an_error() -> None:
     assert "0 due in 1 s" in table(summarize(Run([], Health(), 1.0), Limits()))
 

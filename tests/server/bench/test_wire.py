@@ -21,6 +21,7 @@ from server.bench.wire import EventReader, ResponseReader, WireError
 from server.bench.workload import SHAREGPT_OUTPUT, SHAREGPT_PROMPT, Lengths, Workload, arrivals
 
 EVENTS = [b"data: {}\n\n", b": keep-alive\n\n", b"id: 7\ndata: a\ndata:b\n\n", b"data: c\r\n\r\n", b"event: x\n\n"]
+VALUES = st.one_of(st.just(0.0), st.floats(1e-6, 1e6))
 DATA = {0: b"{}", 2: b"a\nb", 3: b"c"}
 
 
@@ -40,7 +41,8 @@ def test_any_cuts_give_the_same(numbers: list[int], chunks: list[int], packets: 
     body = b"".join(EVENTS[number] for number in numbers)
     headers = {"chunked": [("Transfer-Encoding", "chunked")], "length": [("Content-Length", str(len(body)))], "end": []}
     there = h11.Connection(h11.SERVER)
-    there.receive_data(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    # To a client of HTTP/1.0 a body without a length ends with the connection.
+    there.receive_data(b"GET / HTTP/1.%d\r\nHost: a\r\nConnection: close\r\n\r\n" % (framing != "end"))
     there.next_event()
     head = h11.Response(status_code=200, headers=[*headers[framing], ("X-Two", "a: b")])
     parts = [there.send(head), *(there.send(h11.Data(data=piece)) for piece in cut(body, chunks) if piece)]
@@ -131,7 +133,7 @@ def test_flags_say_what_is_allowed() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=20),
+    st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=20),
     st.booleans(),
     st.booleans(),
 )
