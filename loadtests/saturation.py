@@ -177,32 +177,28 @@ def row(cell: dict[str, Any]) -> dict[str, object]:
 
 
 def plot(cells: list[dict[str, Any]], notes: list[str]) -> str:
-    """Three panels a model: throughput, time to first token, inter-token time, each against requests a second."""
+    """Three panels a model: throughput, time to first token, inter-token time, each against what is offered."""
     panels = []
     for model in dict.fromkeys(cell["model"] for cell in cells):
         of = {name: [c for c in cells if c["model"] == model and c["server"] == name] for name in NAMES}
-        x = Axis("requests/s offered", low=0)
-        offered = sorted({(c["rate"], c["offered_tokens_per_s"]) for found in of.values() for c in found})
-        rates = [Series("offered", _thinned(offered), "#999", markers=False)]
+        x = Axis("output tokens/s offered", low=0)
+        most = max(c["offered_tokens_per_s"] for found in of.values() for c in found)
+        rates = [Series("as much as offered", [(0, 0), (most, most)], "#999", markers=False)]
         times: dict[str, list[Series]] = {"ttft": [], "inter_token": []}
         for (name, found), color in zip(of.items(), COLORS, strict=False):
-            points = [(c["rate"], c["rates"]["output_tokens_per_s"]) for c in found]
+            found = sorted(found, key=lambda c: float(c["offered_tokens_per_s"]))
+            points = [(c["offered_tokens_per_s"], c["rates"]["output_tokens_per_s"]) for c in found]
             rates.append(Series(f"{NAMES[name]}: throughput, median", points, color))
             for kind, series in times.items():
                 full = [c for c in found if c["latency_s"][kind]["count"]]
                 for share, dashed in (("p50", False), ("p99", True)):
                     label = f"{NAMES[name]}: " + ("99th percentile" if dashed else "throughput, median")
-                    at = [(c["rate"], 1e3 * c["latency_s"][kind][share]) for c in full]
+                    at = [(c["offered_tokens_per_s"], 1e3 * c["latency_s"][kind][share]) for c in full]
                     series.append(Series(label, at, color, dashed))
         panels.append(Panel(f"{model}: output tokens a second", x, Axis("tokens/s", low=0), rates))
         panels.append(Panel(f"{model}: time to first token", x, Axis("ms", log=True), times["ttft"]))
         panels.append(Panel(f"{model}: inter-token time", x, Axis("ms", log=True), times["inter_token"]))
     return figure(panels, "What becomes of throughput and latency as more is offered", 3, notes)
-
-
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """One point a rate: what was offered differs by the prompts that were drawn."""
-    return list({x: (x, y) for x, y in points}.values())
 
 
 def main() -> int:

@@ -93,15 +93,15 @@ class Workload:
     begin: str = ""
 
     def jobs(self, seed: int) -> Iterator[Job]:
-        """Requests without end, the same for the same seed."""
-        rng = random.Random(seed)
+        """Requests without end: the same lengths for the same seed, whatever the tokenizer."""
+        lengths, words_of = random.Random(seed), random.Random(seed + 1)
         while True:
-            prompt, output = self.prompt.draw(rng), self.output.draw(rng)
+            prompt, output = self.prompt.draw(lengths), self.output.draw(lengths)
             if self.max_total is not None:
                 # A tenth of the prompt in reserve: its length in tokens is an estimate.
                 prompt = min(prompt, int((self.max_total - 1) / 1.1))
                 output = max(1, min(output, self.max_total - math.ceil(1.1 * prompt)))
-            words = text(round(prompt / self.tokens_per_word), rng).split()
+            words = text(round(prompt / self.tokens_per_word), words_of).split()
             # Its own words first: prompts of one run must not share a beginning either.
             first = self.begin.split()[: len(words) - 1]
             yield Job(" ".join([words[0], *first, *words[1 + len(first) :]]), output)

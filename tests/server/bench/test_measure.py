@@ -121,6 +121,13 @@ def test_a_closed_loop_keeps_so_many_open_and_no_more() -> None:
     assert counted.seconds == pytest.approx(0.11, abs=10 * SLACK)
 
 
+def test_a_client_that_is_refused_waits_a_little() -> None:
+    with scripted(refuse=1) as url:
+        run, _ = bench(url, Load(0.35, clients=1), tokens=4)
+    assert 2 <= len(run.records) <= 4
+    assert all(record.refused for record in run.records)
+
+
 def test_every_ending_is_counted_once() -> None:
     arrivals = tuple(0.01 * n for n in range(30))
     with scripted(refuse=3, cut=5, fail=7) as url:

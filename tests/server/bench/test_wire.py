@@ -115,6 +115,8 @@ def test_lengths_are_those_that_the_help_promises() -> None:
     assert found == list(islice(work.jobs(7), 2_000))
     assert len({job.prompt for job in found}) > 1_990
     assert all(job.max_tokens >= 1 and 1.5 * len(job.prompt.split()) + job.max_tokens <= 256 for job in found)
+    other = Workload(SHAREGPT_PROMPT, SHAREGPT_OUTPUT, 2.5, max_total=256)  # another tokenizer, the same lengths
+    assert [job.max_tokens for job in islice(other.jobs(7), 200)] == [job.max_tokens for job in found[:200]]
     assert {job.max_tokens for job in islice(Workload(Lengths(9), Lengths(64), 1.0).jobs(1), 50)} == {64}
 
 
