@@ -28,8 +28,9 @@ from loadtests.peers.stamps import up_to_date
 from loadtests.processes import RunningServer, spawned
 from server.bench import workload
 from server.bench.client import resolve
-from server.bench.command import Plan, discover, run_plan, tokens_per_word
+from server.bench.command import Plan, run_plan
 from server.bench.dialect import Ask, Dialect
+from server.bench.discovery import discover, tokens_per_word
 from server.bench.measure import Load
 from server.bench.summary import Limits
 from server.bench.svg import COLORS, Axis, Panel, Series, figure

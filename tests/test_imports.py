@@ -66,7 +66,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # It measures a server from outside, this one or another.
     "server.bench": ("server.bench", "server.config", "server.progress", "server.version"),
     # Shared with load tests that run where only locust is installed.
-    **{f"server.bench.{name}": ("server.bench.wire",) for name in ("wire", "dialect", "workload")},
+    **{f"server.bench.{name}": ("server.bench.wire",) for name in ("wire", "dialect", "workload", "host")},
     "server.text": ("server.text", "server.generation"),
     "server.watchdog": ("server.engine.messages",),
     "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics", "server.watchdog"),

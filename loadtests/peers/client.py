@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 from loadtests.peers.checkpoints import text
 from server.bench.client import resolve
-from server.bench.command import discover
+from server.bench.discovery import discover
 from server.bench.measure import Load, measure
 from server.bench.workload import Job
 

@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from server.bench import workload
-from server.bench.client import Target, exchange, parse_url, resolve
+from server.bench import host, workload
+from server.bench.client import Target, parse_url, resolve
 from server.bench.dialect import DIALECTS, Ask, Dialect
-from server.bench.measure import Load, Record, Run, measure, send
+from server.bench.discovery import BenchError, discover, tokens_per_word
+from server.bench.measure import Load, Run, measure
 from server.bench.plot import draw
 from server.bench.summary import Limits, summarize, table
 from server.bench.wire import WireError
@@ -28,11 +29,6 @@ from server.progress import ProgressLine
 from server.version import VERSION
 
 _PROBE_WORDS = 200
-_PROBE_SECONDS = 60.0
-
-
-class BenchError(Exception):
-    """A server that cannot be measured, and why. One line."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -159,8 +155,8 @@ def run_plan(plan: Plan, progress: ProgressLine | None = None) -> tuple[Run, dic
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "server": plan.server | {"api": plan.dialect.name},
         "client": {
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "processor": host.processor(),
+            "cores": host.cores(),
             "python": platform.python_version(),
             "stet": VERSION,
         },
@@ -223,57 +219,6 @@ async def _prepare(flags: argparse.Namespace) -> Plan:
     )
 
 
-async def discover(target: Target, api: str, model: str | None) -> tuple[Dialect, dict[str, Any], int | None]:
-    """The dialect, what the server says of itself, and its context in tokens, where it says so. Raises BenchError.
-
-    /info is this project's; other servers list their models at /v1/models, some of them with the context.
-    """
-    info = await _get(target, "/info")
-    if info is not None and "identity" in info:
-        identity = info["identity"]
-        names = ("model", "dtype", "quantization", "kv_cache_dtype", "device", "instruction_set", "threads", "versions")
-        server = {name: identity.get(name) for name in names} | {"weights_hash": identity.get("weights_hash")}
-        dialect = Dialect("generate" if api == "auto" else api, model or info["model"])
-        return dialect, server, int(info["context_length"])
-    listed = await _get(target, "/v1/models")
-    models = (listed or {}).get("data") or []
-    if not models and (api == "auto" or model is None) and api != "generate":
-        raise BenchError("neither /info nor /v1/models says what is served there: name it with --model and --api")
-    first: dict[str, Any] = next((one for one in models if model in (None, one.get("id"))), {})
-    name = model or str(first.get("id", ""))
-    meta = first.get("meta") or {}
-    context = first.get("max_model_len") or meta.get("n_ctx") or meta.get("n_ctx_train")
-    return Dialect("completions" if api == "auto" else api, name), {"model": name}, int(context) if context else None
-
-
-async def _get(target: Target, path: str) -> dict[str, Any] | None:
-    """A JSON object, or None if the server has none there. Raises BenchError if a key is needed."""
-    reply = await exchange(target, target.request("GET", path))
-    if reply.status in (401, 403):
-        raise BenchError(f"the server answers {reply.status}: it wants a key (--api-key, or STET_BENCH_KEY)")
-    if reply.status in (502, 503, 504):
-        raise BenchError(f"the server answers {reply.status}: it is not ready")
-    if reply.status != 200:
-        return None
-    try:
-        found = json.loads(reply.body)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-async def tokens_per_word(target: Target, dialect: Dialect, ask: Ask) -> float:
-    """One request, which also shows that the server answers: prompt tokens a word, as the server counts them.
-
-    1.3, which is common for English, where it does not count. Raises BenchError if it does not complete.
-    """
-    record = Record(0.0, ask.max_tokens)
-    await send(target, dialect, ask, record, 0.0, _PROBE_SECONDS)
-    if not record.completed:
-        raise BenchError(f"a first request to {dialect.path} failed: {record.error}")
-    return (record.usage.prompt_tokens / len(ask.prompt.split())) or 1.3
-
-
 def _heading(result: dict[str, Any]) -> str:
     server = result["server"]
     more = ", ".join(str(server[name]) for name in ("dtype", "quantization", "device") if server.get(name))
@@ -284,14 +229,6 @@ def _load_text(load: dict[str, Any]) -> str:
     how = f"{load['clients']} clients" if load["rate"] is None else f"{load['rate']:g} requests/s, {load['arrivals']}"
     lengths = [f"{load[name]['median']:g}:{load[name]['sigma']:g}" for name in ("prompt_tokens", "output_tokens")]
     return f"{how}, {load['seconds']:g} s, prompts {lengths[0]} tokens, outputs {lengths[1]}, seed {load['seed']}"
-
-
-def _processor() -> str:
-    """The processor's name, where Linux tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _url(value: str) -> str:

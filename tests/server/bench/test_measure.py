@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from server.bench.client import Target, exchange, resolve
-from server.bench.command import discover, tokens_per_word
 from server.bench.dialect import Ask, Dialect
+from server.bench.discovery import discover, tokens_per_word
 from server.bench.measure import Health, Load, Record, Run, measure
 from server.bench.plot import token_rate
 from server.bench.summary import Limits, client_health, percentile, summarize, table
