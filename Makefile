@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: serve test test-clients check fuzz bench bench-hard bench-peers format clean
+.PHONY: serve test test-clients check fuzz bench bench-hard bench-peers bench-saturation loadtest soak format clean
 
 # The CPU's kernels: compiled at installation, and again whenever their sources change. A missing compiler costs speed only.
 KERNELS := $(VENV)/.kernels
@@ -56,6 +56,20 @@ bench-hard: $(VENV)/.serve $(KERNELS)
 bench-peers: $(VENV)/.bench $(KERNELS)
 	$(BIN)/python -m loadtests.peers $(ARGS)
 
+# Scenarios of locust against a server of its own: steady, burst, ramp, long, shared, cancels, slow, soak. ARGS=--ui opens its page.
+SCENARIO ?= steady
+loadtest: $(VENV)/.loadtest $(KERNELS)
+	$(BIN)/python -m loadtests.locust $(SCENARIO) $(ARGS)
+
+# Everything at once for an hour, or MINUTES: does memory grow, does anything stay open?
+MINUTES ?= 60
+soak: $(VENV)/.serve $(KERNELS)
+	$(BIN)/python -m loadtests.soak --minutes $(MINUTES) $(ARGS)
+
+# Throughput and latencies against offered load, beside llama.cpp's server: the plot of the README.
+bench-saturation: $(VENV)/.bench $(KERNELS)
+	$(BIN)/python -m loadtests.saturation $(ARGS)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -78,4 +92,8 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.bench: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP_INSTALL) --editable '.[bench]'
+	@touch $@ $(VENV)/.serve
+
+$(VENV)/.loadtest: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable '.[loadtest]'
 	@touch $@ $(VENV)/.serve

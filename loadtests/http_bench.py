@@ -1,7 +1,7 @@
 """What HTTP costs: events a second of server time, and the latency from the engine's send to the client's receipt.
 
-The engine is `loadtests.null_engine`, whose tokens carry the time at which they were sent. The client is this process,
-reading raw sockets; the server is a process of its own, whose processor time is read from /proc.
+The engine is `loadtests.null_engine`, whose tokens carry the time at which they were sent. The client is this process;
+the server is a process of its own, whose processor time is read from /proc.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from loadtests.null_engine import seconds_since
 from loadtests.processes import RunningServer, running_server
+from server.bench.client import Target, exchange
 
 SERVER = (sys.executable, "-m", "loadtests.null_server")
 
@@ -28,28 +29,27 @@ def cpu_seconds(pid: int) -> float:
 
 
 async def stream(server: RunningServer, num_tokens: int, latencies: list[float] | None) -> int:
-    """One streamed request. Returns the events seen; with `latencies`, one entry for each token but the first."""
-    reader, writer = await asyncio.open_connection(server.host, server.port)
+    """One streamed request. Returns the events seen; with `latencies`, one entry for each token but the first.
+
+    Raises RuntimeError if it is not answered with 200.
+    """
     request = {"prompt": "a", "max_new_tokens": num_tokens, "stream": True, "ignore_eos": True}
     body = json.dumps(request | ({"return_token_ids": True} if latencies is not None else {})).encode()
-    writer.write(
-        b"POST /generate HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\nConnection: close\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-    )
-    status = (await reader.readline()).split()[1]
-    if status != b"200":
-        raise RuntimeError(f"the server answered {status.decode()}")
+    target = Target(server.host, server.port, server.host)
     events = 0
-    rest = b""
-    while data := await reader.read(1 << 16):
-        now = time.monotonic()
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data: {"):
-                events += 1
-                if latencies is not None and b'"token_ids"' in line and events > 1:
-                    latencies += [seconds_since(tick, now) for tick in json.loads(line[6:])["token_ids"]]
-    writer.close()
+
+    def on_event(data: bytes, came: float) -> bool:
+        nonlocal events
+        events += data != b"[DONE]"
+        if latencies is not None and b'"token_ids"' in data and events > 1:
+            # The engine's clock is time.monotonic().
+            now = time.monotonic() - (time.perf_counter() - came)
+            latencies.extend(seconds_since(tick, now) for tick in json.loads(data)["token_ids"])
+        return False
+
+    reply = await exchange(target, target.request("POST", "/generate", body), on_event)
+    if reply.status != 200:
+        raise RuntimeError(f"the server answered {reply.status}")
     return events
 
 

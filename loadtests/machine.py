@@ -6,34 +6,39 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 
-import torch
+from server.bench import host
 
 
-def describe_machine() -> dict[str, object]:
-    """Processor, cores, memory, versions and the time: enough to tell two results apart."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
+def describe_host() -> dict[str, object]:
+    """Processor, cores, memory, versions and the time: enough to tell two results apart. Imports nothing that is not
+    everywhere."""
     return {
-        "processor": names[0] if names else platform.processor(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "cores": cores(),
+        "processor": host.processor(),
+        "cores": host.cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("stet", "torch", "transformers")},
+        "versions": dict(_versions("stet", "torch", "transformers", "locust")),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def describe_machine() -> dict[str, object]:
+    """The host, and what torch makes of it."""
+    import torch
+
+    return describe_host() | {"instruction_set": torch.backends.cpu.get_cpu_capability()}
+
+
+def _versions(*names: str) -> Iterator[tuple[str, str]]:
+    for name in names:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            continue
 
 
 def read_bandwidth(num_bytes: int = 1 << 29, rounds: int = 7) -> float:
@@ -42,9 +47,11 @@ def read_bandwidth(num_bytes: int = 1 << 29, rounds: int = 7) -> float:
     A reduction over float32 is bound by the reads alone; the best round is the one that was disturbed least. An engine
     in this process may have left torch one thread: it gets that back.
     """
+    import torch
+
     buffer = torch.ones(num_bytes // 4, dtype=torch.float32)
     threads = torch.get_num_threads()
-    torch.set_num_threads(cores())
+    torch.set_num_threads(host.cores())
     try:
         return num_bytes / min(timed(buffer.sum) for _ in range(rounds))
     finally:

@@ -1,4 +1,4 @@
-"""The command line: `stet serve [MODEL]`, `stet quantize MODEL OUT`, `stet evaluate [MODEL]` and `stet version`.
+"""The command line: `stet serve [MODEL]`, `stet bench URL`, `stet quantize MODEL OUT`, `stet evaluate [MODEL]` …
 
 The order of a start is what makes it short: read the flags, take the port, start the engine process, and only then
 import the web stack, while the engine imports torch.
@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str
             return run_keys(flags)
         if flags.command == "plan":
             return _plan(flags)
+        if flags.command == "bench":
+            return _bench(flags)
         if flags.command == "evaluate":
             return _evaluate(flags)
         if flags.command == "quantize":
@@ -115,6 +117,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         from server.planner.command import add_flags as add_plan_flags
 
         add_plan_flags(plan)
+    bench = commands.add_parser(
+        "bench",
+        help="measure a running server",
+        description="Measure a running server, this one or any with OpenAI's API, as its users meet it: time to first "
+        "token, inter-token time, throughput and goodput, each from the moment at which a request was due.",
+        allow_abbrev=False,
+    )
+    if "bench" in given[:1]:
+        from server.bench.command import add_flags as add_bench_flags
+
+        add_bench_flags(bench)
     keys = commands.add_parser(
         "keys",
         help="make and list API keys",
@@ -207,6 +220,14 @@ def _plan(flags: argparse.Namespace) -> int:
     from server.planner.command import run
 
     for number in _SIGNALS:  # there is nothing to drain, and a plan that was cut off has not succeeded
+        signal.signal(number, signal.SIG_DFL)
+    return run(flags)
+
+
+def _bench(flags: argparse.Namespace) -> int:
+    from server.bench.command import run
+
+    for number in _SIGNALS:  # there is nothing to drain, and a measurement that was cut off has not succeeded
         signal.signal(number, signal.SIG_DFL)
     return run(flags)
 

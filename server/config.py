@@ -276,6 +276,18 @@ def check_exposure(settings: Settings, addresses: Sequence[str]) -> None:
     )
 
 
+def flag_type(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """A parser of ours, whose ValueError says what is allowed, as argparse wants it."""
+
+    def parsed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from None
+
+    return parsed
+
+
 def settings_table() -> str:
     """The table of docs/api.md, in Markdown."""
     lines = ["| flag | variable | default | what |", "|---|---|---|---|"]

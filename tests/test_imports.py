@@ -64,6 +64,10 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     # The only part that touches the device: a process of its own.
     "server.planner.probe": ("server.planner", "server.engine", "models", "kernels"),
+    # It measures a server from outside, this one or another.
+    "server.bench": ("server.bench", "server.config", "server.progress", "server.version"),
+    # Shared with load tests that run where only locust is installed.
+    **{f"server.bench.{name}": ("server.bench.wire",) for name in ("wire", "dialect", "workload", "host")},
     "server.text": ("server.text", "server.generation", "server.engine.grammar_limits"),
     "server.watchdog": ("server.engine.messages",),
     "server.supervisor": ("server.engine.messages", "server.engine.config", "server.metrics", "server.watchdog"),
@@ -118,6 +122,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.config",
         "server.keys",
         "server.keys_command",
+        "server.bench",
         "server.evaluate",
         "server.quantize",
         "server.planner",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from loadtests.hard.parts import Result, disconnects, flood, overload, readers
 from loadtests.machine import describe_machine
 from loadtests.processes import RunningServer, running_server
@@ -20,7 +22,9 @@ from server.keys import create_key
 def _run(flags: list[str], part: Callable[[RunningServer], Coroutine[Any, Any, Result]]) -> Result:
     with running_server(flags) as server:
         server.wait_ready()
-        return asyncio.run(part(server))
+        # uvloop: what the clients need is taken from the server, on the same machine.
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(part(server))
 
 
 def run_flood(folder: Path, flags: list[str], num_requests: int, at_once: int, new_tokens: int) -> Result:

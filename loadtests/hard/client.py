@@ -1,17 +1,18 @@
-"""One request on a connection of its own, over asyncio streams, and what is asked of a server between requests."""
+"""One request on a connection of its own, and what is asked of a server between requests."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loadtests.processes import RunningServer
+from server.bench import wire
+from server.bench.client import Target, exchange, send_and_leave
 
 
 @dataclass(slots=True)
@@ -34,55 +35,35 @@ async def ask(
     leave_after: int | None = None,
 ) -> Answer:
     """Send one request (GET without a body) and read its answer; with leave_after, only so many events of a stream."""
-    began = time.perf_counter()
     answer = Answer()
-    reader, writer = await asyncio.open_connection(server.host, server.port)
+    target = Target(server.host, server.port, server.host)
+
+    def on_event(data: bytes, now: float) -> bool:
+        answer.num_events += 1
+        return answer.num_events == leave_after
+
+    began = time.perf_counter()
     try:
-        writer.write(request_bytes(body, path, key))
         if leave_after == 0:
-            await writer.drain()
+            await send_and_leave(target, request_bytes(body, path, key))
             return answer
-        answer.status = int((await reader.readline()).split()[1])
-        while (line := (await reader.readline()).strip()) != b"":
-            name, _, value = line.decode("latin-1").partition(":")
-            answer.headers[name.lower()] = value.strip()
-        if leave_after is None:
-            answer.body = await reader.read()
-            return answer
-        while line := await reader.readline():
-            if line.startswith(b"data:"):
-                answer.num_events += 1
-                if answer.num_events >= leave_after:
-                    break
-        return answer
+        reply = await exchange(target, request_bytes(body, path, key), on_event)
     finally:
         answer.seconds = time.perf_counter() - began
-        writer.close()
+    answer.status, answer.headers, answer.body = reply.status, reply.headers, reply.body
+    return answer
 
 
 def request_bytes(body: Mapping[str, Any] | None, path: str = "/generate", key: str | None = None) -> bytes:
     """A request that asks for the connection's end."""
     data = b"" if body is None else json.dumps(body).encode()
-    lines = [f"{'GET' if body is None else 'POST'} {path} HTTP/1.1", "Host: test", "Connection: close"]
-    if body is not None:
-        lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
-    if key is not None:
-        lines.append(f"Authorization: Bearer {key}")
-    return "\r\n".join([*lines, "", ""]).encode() + data
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of them does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return wire.request_bytes("GET" if body is None else "POST", path, "test", data, headers)
 
 
 async def metrics(server: RunningServer) -> dict[str, float]:
     """Every sample of /metrics by its name and labels."""
-    answer = await ask(server, None, path="/metrics")
-    text = answer.body
-    if answer.headers.get("transfer-encoding") == "chunked":
-        raise RuntimeError("/metrics is expected to have a length")
+    text = (await ask(server, None, path="/metrics")).body
     samples = (line.rsplit(" ", 1) for line in text.decode().splitlines() if line and not line.startswith("#"))
     return {name: float(value) for name, value in samples}
 

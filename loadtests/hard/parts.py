@@ -12,14 +12,15 @@ from loadtests.hard.client import (
     Answer,
     ask,
     metrics,
-    percentile,
     probe,
     repeated,
     request_bytes,
     resident_bytes,
     settled,
 )
+from loadtests.http_bench import cpu_seconds
 from loadtests.processes import RunningServer
+from server.bench.summary import percentile
 
 Result = dict[str, Any]
 PLAIN = {"prompt": "Once upon a time", "temperature": 0, "max_new_tokens": 24, "return_token_ids": True}
@@ -172,7 +173,8 @@ async def overload(
     before = await metrics(server)
     done = asyncio.Event()
     probing = asyncio.create_task(probe(server, done))
-    began = time.perf_counter()
+    http = server.process.pid
+    began, own_cpu, http_cpu = time.perf_counter(), time.process_time(), cpu_seconds(http)
     tasks: list[asyncio.Task[Answer]] = []
     finished_at: list[float] = []
 
@@ -187,6 +189,7 @@ async def overload(
         while len(tasks) < now * rate:
             tasks.append(asyncio.create_task(one(len(tasks))))
         await asyncio.sleep(0.002)
+    own_cpu, http_cpu = time.process_time() - own_cpu, cpu_seconds(http) - http_cpu
     answers = await asyncio.gather(*tasks)
     done.set()
     probes = await probing
@@ -219,6 +222,8 @@ async def overload(
         "refused": len(refused),
         "refusals' p99 ms": round(slow * 1e3, 1),
         "goodput of the peak": round(goodput / peak, 3),
+        "processors meanwhile: clients": round(own_cpu / seconds, 2),
+        "HTTP process": round(http_cpu / seconds, 2),
         "livez, worst ms": round(max(probes) * 1e3, 1),
         "failures": failures,
     }

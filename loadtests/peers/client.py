@@ -11,57 +11,40 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import time
-from collections.abc import Sequence
-
-import httpx
+from collections.abc import Iterator, Sequence
 
 from loadtests.peers.checkpoints import text
+from server.bench.client import resolve
+from server.bench.discovery import discover
+from server.bench.measure import Load, measure
+from server.bench.workload import Job
 
 PROMPT_WORDS = 100
+TIMEOUT_SECONDS = 600.0
 
 
-async def complete(client: httpx.AsyncClient, model: str, prompt: str, tokens: int) -> tuple[int, float]:
-    """One request. Returns its completion tokens and the seconds to its first text. Raises RuntimeError if it ends
-    with another number of tokens than was asked for."""
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    body |= {"stream": True, "stream_options": {"include_usage": True}}
-    first, count = None, 0
-    started = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"the server answered {response.status_code}: {(await response.aread())[:200]!r}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line[len("data: ") :])
-            if first is None and any(choice.get("text") for choice in chunk.get("choices", [])):
-                first = time.perf_counter() - started
-            if chunk.get("usage"):
-                count = chunk["usage"]["completion_tokens"]
-    if count != tokens or first is None:
-        raise RuntimeError(f"asked for {tokens} tokens, the server counted {count}")
-    return count, first
+def jobs(tokens: int, seed: int) -> Iterator[Job]:
+    """Requests whose prompts all differ."""
+    number = 10_000 * seed
+    while True:
+        yield Job(text(PROMPT_WORDS, number), tokens)
+        number += 1
 
 
 async def run(url: str, clients: int, requests: int, tokens: int, seed: int) -> dict[str, object]:
-    """`clients` at once, each with `requests` requests one after another, whose prompts all differ."""
-    prompts = [[text(PROMPT_WORDS, 10_000 * seed + 100 * c + r) for r in range(requests)] for c in range(clients)]
-    # A connection for each request: llama-server closes idle ones, now and then just as the next request is sent.
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
-        listed = await client.get("/v1/models")
-        if listed.status_code != 200:
-            raise RuntimeError(f"/v1/models was answered with {listed.status_code}")
-        model = listed.json()["data"][0]["id"]
-
-        async def one(own: list[str]) -> list[tuple[int, float]]:
-            return [await complete(client, model, prompt, tokens) for prompt in own]
-
-        started = time.perf_counter()
-        results = [result for own in await asyncio.gather(*map(one, prompts)) for result in own]
-        seconds = time.perf_counter() - started
-    return {"tokens": sum(n for n, _ in results), "seconds": seconds, "first": [first for _, first in results]}
+    """`clients` at once, each with `requests` requests one after another. Raises RuntimeError if one does not complete
+    with as many tokens as were asked for."""
+    target = await resolve(url)
+    dialect, _, _ = await discover(target, "completions", None)
+    load = Load(TIMEOUT_SECONDS, clients=clients, requests_each=requests, timeout=TIMEOUT_SECONDS)
+    found = await measure(target, dialect, jobs(tokens, seed), load)
+    for record in found.records:
+        if record.error is not None:
+            raise RuntimeError(f"a request failed: {record.error}")
+        if record.usage.completion_tokens != tokens:
+            raise RuntimeError(f"asked for {tokens} tokens, the server counted {record.usage.completion_tokens}")
+    first = [record.first for record in found.records]
+    return {"tokens": tokens * len(first), "seconds": found.seconds, "first": first}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -167,7 +167,7 @@ def make_server(name: str, model: str, quantization: str) -> servers.Server:
     """The server of a contestant. Raises ValueError for one that has none here."""
     folder = environment.model_folder(model)
     if name == "stet":
-        return servers.stet(folder, quantization)
+        return servers.stet(folder / "hf", quantization)
     if name == "llama.cpp":
         return servers.llama_server(environment.llama_binaries(), folder)
     if name == "vllm":

@@ -122,7 +122,8 @@ def add_tokenizer(writer: Any, gguf: Any, spec: dict[str, Any], config: dict[str
     )
     writer.add_token_merges(merges)
     writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
+    ends = config["eos_token_id"]
+    writer.add_eos_token_id(ends[0] if isinstance(ends, list) else ends)
     writer.add_add_bos_token(False)
 
 

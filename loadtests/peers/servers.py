@@ -25,12 +25,14 @@ class Server:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def stet(folder: Path, quantization: str) -> Server:
+def stet(model: Path, quantization: str) -> Server:
+    """model: its folder in Hugging Face's layout."""
+
     def command(port: int) -> list[str]:
         flags = {"quantization": quantization, "threads": THREADS, "max-model-len": CONTEXT, "port": port}
         flags |= {"max-running": MAX_STREAMS, "kv-cache-memory": "1GiB", "log-format": "text"}
         pairs = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-        return [sys.executable, "-m", "server.cli", "serve", str(folder / "hf"), *pairs]
+        return [sys.executable, "-m", "server.cli", "serve", str(model), *pairs]
 
     return Server("stet", command, "/readyz", 120.0)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,11 +20,13 @@ from pathlib import Path
 from statistics import median
 
 from loadtests.machine import describe_machine, read_bandwidth
-from loadtests.peers import environment, svg
+from loadtests.peers import environment
 from loadtests.peers.checkpoints import make_checkpoint, shapes
 from loadtests.peers.compare import visits
 from loadtests.peers.contestants import THREADS, random_prompts
 from loadtests.peers.report import spread, table
+from server.bench import svg
+from server.bench.summary import percentile
 from server.engine.build import build_engine
 from server.engine.config import EngineConfig
 from server.engine.core import EngineCore
@@ -49,11 +50,6 @@ class Stall:
     median: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of all values do not exceed."""
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def measure(core: EngineCore, seed: int, long_prompt: int = LONG_PROMPT) -> tuple[float, float, float]:
@@ -154,13 +150,14 @@ def plot(stalls: dict[str, Stall], model: str) -> str:
         (median(stall.first), median(ratios(stall)), setting if setting != "auto" else f"auto ({stall.tokens})")
         for setting, stall in stalls.items()
     ]
-    return svg.scatter(
-        points,
-        f"{model}: {STREAMS} streams while a prompt of {LONG_PROMPT:,} tokens arrives, by mixed_step_tokens",
-        "the prompt's time to its first token, s",
-        "p99 inter-token time / undisturbed median",
-        (AIM, f"aim: {AIM:g}"),
+    panel = svg.Panel(
+        f"{model}: {STREAMS} streams while a prompt of {LONG_PROMPT:,} tokens arrives",
+        svg.Axis("the prompt's time to its first token, s", log=True),
+        svg.Axis("p99 inter-token time / undisturbed median", log=True),
+        [svg.Series("", [(x, y) for x, y, _ in sorted(points)], labels=[label for *_, label in sorted(points)])],
+        [(AIM, f"aim: {AIM:g}")],
     )
+    return svg.figure([panel], "By mixed_step_tokens")
 
 
 def say(message: str) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 
-from server.config import choice, integer, parse_bytes
+from server.config import choice, flag_type, integer, parse_bytes
 from server.engine.memory import available_memory_bytes
 from server.planner import plan as planning
 from server.planner import words
@@ -23,7 +23,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `stet plan`."""
 
     def flag(name: str, parse: Callable[[str], object], metavar: str, help: str, **more: object) -> None:
-        parser.add_argument(name, type=_said(parse), metavar=metavar, help=help, **more)  # type: ignore[arg-type]
+        parser.add_argument(name, type=flag_type(parse), metavar=metavar, help=help, **more)  # type: ignore[arg-type]
 
     parser.add_argument(
         "model",
@@ -109,15 +109,3 @@ def _plan(flags: argparse.Namespace) -> str:
     )
     plan = planning.make_plan(subject, device, request, available_memory_bytes())
     return json.dumps(as_dict(plan), indent=2) + "\n" if flags.json else as_text(plan)
-
-
-def _said(parse: Callable[[str], object]) -> Callable[[str], object]:
-    """A parser of ours, whose ValueError says what is allowed, as argparse wants it."""
-
-    def parsed(text: str) -> object:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {error}") from None
-
-    return parsed
