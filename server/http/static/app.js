@@ -1,0 +1,365 @@
+// Puts the page together: who is told what when something changes.
+
+import { apiKey, getJson } from "./api.js";
+import { Controls } from "./controls.js";
+import { byId, copyText, debounced, element, segmented } from "./dom.js";
+import { Inspector, tailOf, tokenBox } from "./inspector.js";
+import { ASKED, NextToken } from "./next.js";
+import { OutputView } from "./output.js";
+import { runFigures, showServer } from "./panel.js";
+import { PRESETS, differences, neutral, presetOf, toRequest, withPreset } from "./parameters.js";
+import { PromptEditor } from "./prompt.js";
+import { startRun } from "./run.js";
+import { asCurl, asPython } from "./snippets.js";
+import { count, explainError, percent, plural } from "./words.js";
+
+const NAMES = ["A", "B"];
+const STATES = {
+  ready: "ready",
+  loading: "loading the model",
+  draining: "stopping",
+  engine_restarting: "engine restarting",
+  failed: "failed: see the server’s log",
+  unreachable: "does not answer",
+};
+
+const first = { ...withPreset(neutral(), "balanced"), max_new_tokens: 120 };
+const settings = { A: first, B: withPreset(first, "creative") };
+let editing = "A";
+let comparing = false;
+let info = null;
+let runs = [];
+let opened = null;
+
+// --- the request --------------------------------------------------------------------------------------------------
+
+const seedField = byId("seed");
+const vocabulary = () => info?.vocabulary ?? 0;
+const seed = () => (seedField.value === "" ? undefined : Number(seedField.value));
+
+/** The body of a request with one of the settings, as it is sent and copied. */
+function bodyOf(name) {
+  const [asked, stops] = prompt.request();
+  const body = { ...asked, ...toRequest(settings[name]) };
+  if (stops.length && !body.ignore_eos) body.stop = [...new Set([...(body.stop ?? []), ...stops])];
+  if (seed() !== undefined) body.seed = seed();
+  return body;
+}
+
+const drawSeed = () => (seedField.value = crypto.getRandomValues(new Uint32Array(1))[0] % 1_000_000);
+
+// --- the next token -----------------------------------------------------------------------------------------------
+
+const inspector = new Inspector(byId("inspector"));
+const next = new NextToken(
+  (drawing) => {
+    if (opened) return;
+    const drawn = byId("keep").checked && drawing.source === "server";
+    inspector.show({ ...drawing, id: drawn ? drawing.id : undefined, r: drawn ? drawing.r : undefined });
+    const words = ["What would follow the prompt, before anything is generated. "];
+    if (!drawing.exact) words.push(element("span", { class: "estimate" }, "An estimate while the server is asked."));
+    else if (drawn) words.push("With seed ", element("strong", {}, String(seed())), " it would be ", tokenBox(drawing.candidates.find(({ id }) => id === drawing.id).text), ".");
+    byId("draw-words").replaceChildren(...words);
+    byId("draw").dataset.source = drawing.source;
+  },
+  (error) => {
+    if (opened) return;
+    inspector.show(null);
+    const [title, advice] = explainError(error);
+    byId("draw-words").replaceChildren(element("span", { class: "problem" }, `${title}. ${advice}`));
+  },
+);
+
+/** Asks for the next token anew, if that is what is shown. */
+function followNext() {
+  if (opened || !info?.model) return;
+  next.follow(bodyOf(editing), settings[editing], vocabulary());
+}
+
+/** Opens one token of a text; null goes back to the next token. */
+function openToken(token) {
+  opened = token;
+  for (const view of Object.values(views)) view.mark(view.choices.includes(token?.choice) ? token : null);
+  byId("steps").hidden = !token;
+  byId("draw-title").replaceChildren(token ? `Token ${count(token.position + 1)}` : "Next token");
+  if (!token) return followNext();
+  next.pause();
+  const { choice, explained, position } = token;
+  byId("step-back").disabled = position === 0;
+  byId("step-on").disabled = position === choice.tokens.length - 1;
+  const of = ` of ${count(choice.tokens.length)}${comparing ? ` in ${choice.view === views.A ? "A" : "B"}` : ""}`;
+  const words = [tokenBox(token.text), `${of}: the model gave it ${percent(token.probability)}`];
+  if (explained) {
+    const own = explained.candidates.find(({ id }) => id === token.id);
+    words.push(`, the settings made that ${percent(own.final_probability)}.`);
+    inspector.show({ ...explained, tail: tailOf(explained.candidates), exact: true, vocabulary: vocabulary() });
+  } else {
+    words.push(". What the settings made of that was not explained.");
+    const top = token.alternatives.map(({ id, text, logprob }) => ({ id, text, probability: Math.exp(logprob) }));
+    inspector.show(top.length ? { candidates: top, id: token.id, vocabulary: vocabulary() } : null);
+  }
+  byId("draw-words").replaceChildren(...words);
+}
+
+function stepToken(by) {
+  const token = opened.choice.tokens[opened.position + by];
+  if (token) openToken(token);
+}
+
+// --- generating ---------------------------------------------------------------------------------------------------
+
+const views = Object.fromEntries(
+  NAMES.map((name) => [name, new OutputView(byId(`output-${name.toLowerCase()}`), openToken, announce)]),
+);
+
+function announce(text) {
+  const announcer = byId("announcer");
+  announcer.append(element("p", {}, text));
+  while (announcer.children.length > 8) announcer.firstChild.remove();
+}
+
+async function generate() {
+  if (runs.length) return;
+  showError(null);
+  if (!byId("keep").checked || seed() === undefined) drawSeed();
+  openToken(null);
+  const names = comparing ? NAMES : ["A"];
+  const lead = prompt.lead();
+  for (const name of NAMES) {
+    const pane = byId(`pane-${name.toLowerCase()}`);
+    pane.hidden = !names.includes(name);
+    pane.querySelector("h3").hidden = !comparing;
+    pane.querySelector(".lead").replaceChildren(lead.length > 240 ? `…${lead.slice(-240)}` : lead);
+  }
+  byId("empty").hidden = true;
+  byId("parting").hidden = byId("continue").hidden = true;
+  nameDifferences();
+  const watched = byId("explain").checked ? { explain: ASKED } : { logprobs: ASKED };
+  runs = names.map((name) => startRun({ ...bodyOf(name), ...watched }, views[name]));
+  setRunning(true);
+  const outcomes = await Promise.all(runs.map((run) => run.finished));
+  runs = [];
+  setRunning(false);
+  byId("runs").replaceChildren(...outcomes.map((outcome, i) => runFigures(comparing ? names[i] : null, outcome)));
+  const failed = outcomes.find((outcome) => outcome.error);
+  if (failed) {
+    names.forEach((name) => (byId(`pane-${name.toLowerCase()}`).hidden = !views[name].choices[0].text));
+    byId("empty").hidden = names.some((name) => views[name].choices[0].text);
+    showError(failed.error);
+  }
+  if (comparing && !failed) showParting();
+  byId("continue").hidden = prompt.mode !== "chat" || Boolean(failed) || !views.A.choices[0].text;
+  showServer(byId("server"));
+}
+
+function setRunning(running) {
+  byId("generate").disabled = running;
+  byId("stop").disabled = !running;
+  if (!running && document.activeElement === document.body) byId("generate").focus();
+}
+
+const stop = () => runs.forEach((run) => run.stop());
+
+function showParting() {
+  const { same, equal } = OutputView.compare(views.A, views.B);
+  const words = equal ? "Both texts are the same, token for token." : `Both texts begin with the same ${plural(same, "token")}; then they part.`;
+  byId("parting").hidden = false;
+  byId("parting").replaceChildren(same || equal ? words : "The texts part with the first token.");
+}
+
+// --- errors -------------------------------------------------------------------------------------------------------
+
+function showError(error) {
+  const box = byId("error");
+  box.hidden = !error;
+  if (!error) return box.replaceChildren();
+  const [title, advice] = explainError(error);
+  const named = error.details.filter(({ param, message }) => controls.setProblem(param?.split(/[.[]/)[0], message));
+  const others = error.details.filter((detail) => !named.includes(detail) && detail.message !== error.message);
+  const list = others.length ? element("ul", {}, ...others.map(({ message }) => element("li", {}, message))) : null;
+  const retry = element("button", { type: "button", click: generate }, "Try again");
+  const hide = element("button", { type: "button", class: "quiet", click: () => showError(null) }, "Dismiss");
+  box.replaceChildren(element("div", {}, element("strong", {}, title), element("p", {}, advice), ...[list].filter(Boolean)), retry, hide);
+  if (error.code === "unauthorized") openKey();
+  if (error.code === "unreachable") checkState();
+}
+
+// --- the key ------------------------------------------------------------------------------------------------------
+
+function openKey(open = true) {
+  byId("key").hidden = !open;
+  byId("key-open").hidden = false;
+  byId("key-open").setAttribute("aria-expanded", String(open));
+  if (open) byId("key-input").focus();
+}
+
+byId("key-open").addEventListener("click", () => openKey(byId("key").hidden));
+byId("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  apiKey.set(byId("key-input").value.trim());
+  byId("key-input").value = "";
+  showError(null);
+  openKey(false);
+  loadInfo();
+});
+byId("key-forget").addEventListener("click", () => {
+  apiKey.set("");
+  byId("key-input").value = "";
+  info = null;
+  loadInfo();
+});
+
+// --- the server ---------------------------------------------------------------------------------------------------
+
+async function loadInfo() {
+  try {
+    info = await getJson("/info");
+    if (apiKey.get()) byId("key-open").hidden = false;
+  } catch (error) {
+    info = null;
+    byId("model").replaceChildren();
+    if (error.code === "unauthorized") {
+      openKey();
+      inspector.show(null);
+      byId("draw-words").replaceChildren("Enter an API key to see what would follow the prompt.");
+      if (apiKey.get()) showError(error);
+    } else if (error.code !== "unreachable") showError(error);
+  }
+  if (info?.model) {
+    const { dtype, quantization, device } = info.identity;
+    const parts = [quantization === "none" ? dtype : `${quantization}, ${dtype}`, device, `context of ${plural(info.context_length, "token")}`];
+    byId("model").replaceChildren(element("strong", {}, info.model), ` ${parts.join(" · ")}`);
+    prompt.setTemplate(info.chat_template);
+    followNext();
+  }
+  showServer(byId("server"));
+}
+
+async function checkState() {
+  let state = "unreachable";
+  try {
+    state = (await (await fetch("/readyz", { cache: "no-store" })).json()).status;
+  } catch {
+    // It stays "unreachable".
+  }
+  const box = byId("state");
+  if (box.dataset.state !== state) {
+    const before = box.dataset.state;
+    box.dataset.state = state;
+    box.replaceChildren(STATES[state] ?? state);
+    if (state === "ready" && (before || !info)) loadInfo();
+  }
+  clearTimeout(checkState.timer);
+  checkState.timer = setTimeout(() => (document.hidden ? null : checkState()), state === "ready" ? 10_000 : 2_000);
+}
+
+document.addEventListener("visibilitychange", () => document.hidden || checkState());
+
+// --- settings -----------------------------------------------------------------------------------------------------
+
+const controls = new Controls(byId("controls"), () => {
+  showPreset();
+  nameDifferences();
+  followNext();
+});
+
+const presetButtons = Object.entries(PRESETS).map(([name, [label]]) => {
+  const choose = () => {
+    Object.assign(settings[editing], withPreset(settings[editing], name));
+    controls.load(settings[editing]);
+    showPreset();
+    nameDifferences();
+    followNext();
+  };
+  return element("button", { type: "button", "data-preset": name, click: choose }, label);
+});
+byId("presets").append(...presetButtons);
+
+function showPreset() {
+  const active = presetOf(settings[editing]);
+  for (const button of presetButtons) button.setAttribute("aria-pressed", String(button.dataset.preset === active));
+  byId("preset-meaning").replaceChildren(active ? PRESETS[active][1] : "Settings of your own.");
+}
+
+function edit(name) {
+  editing = name;
+  controls.load(settings[name]);
+  showPreset();
+  followNext();
+}
+
+function nameDifferences() {
+  for (const [name, other] of [["A", "B"], ["B", "A"]]) {
+    const words = differences(settings[name], settings[other]) || "the same settings";
+    byId(`pane-${name.toLowerCase()}`).querySelector(".differs").replaceChildren(words);
+  }
+}
+
+byId("compare").addEventListener("change", () => {
+  comparing = byId("compare").checked;
+  byId("which").hidden = !comparing;
+  document.body.classList.toggle("comparing", comparing);
+  if (comparing) byId("which").replaceChildren(segmented("which", "Settings to change", NAMES.map((name) => [name, `Settings ${name}`]), editing, edit));
+  else edit("A");
+});
+
+// --- code ---------------------------------------------------------------------------------------------------------
+
+const code = { language: "curl", name: "A" };
+
+function showCode() {
+  const body = { ...bodyOf(code.name), stream: true };
+  const write = { curl: asCurl, python: asPython }[code.language];
+  byId("code-text").replaceChildren(write(`${location.origin}/generate`, body, Boolean(apiKey.get())));
+  byId("code-done").replaceChildren();
+}
+
+byId("copy").addEventListener("click", () => {
+  code.name = editing;
+  const language = segmented("language", "Language", [["curl", "curl"], ["python", "Python"]], code.language, (value) => ((code.language = value), showCode()));
+  const which = comparing ? segmented("code-of", "Settings", NAMES.map((name) => [name, name]), code.name, (value) => ((code.name = value), showCode())) : null;
+  byId("code-choice").replaceChildren(...[language, which].filter(Boolean));
+  showCode();
+  byId("code").showModal();
+});
+byId("code-close").addEventListener("click", () => byId("code").close());
+byId("code-copy").addEventListener("click", async () => {
+  const text = byId("code-text");
+  const done = await copyText(text.textContent);
+  if (!done) getSelection().selectAllChildren(text);
+  byId("code-done").replaceChildren(done ? "Copied." : "This address has no clipboard: it is selected, press Ctrl or ⌘ and C.");
+});
+
+// --- the rest -----------------------------------------------------------------------------------------------------
+
+const prompt = new PromptEditor(byId("prompt"), debounced(followNext, 150));
+
+byId("generate").addEventListener("click", generate);
+byId("stop").addEventListener("click", stop);
+byId("close").addEventListener("click", () => openToken(null));
+byId("step-back").addEventListener("click", () => stepToken(-1));
+byId("step-on").addEventListener("click", () => stepToken(1));
+byId("keep").addEventListener("change", () => {
+  if (byId("keep").checked && seed() === undefined) drawSeed();
+  followNext();
+});
+seedField.addEventListener("input", () => {
+  byId("keep").checked = seedField.value !== "";
+  followNext();
+});
+byId("continue").addEventListener("click", () => {
+  prompt.addAnswer(views.A.choices[0].text);
+  byId("continue").hidden = true;
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
+  if (event.key === "Escape" && !byId("code").open) {
+    if (runs.length) stop();
+    else if (opened) openToken(null);
+  }
+});
+
+byId("runs").append(element("p", { class: "note" }, "The first token, the speed and where the time went: after a text."));
+drawSeed();
+edit("A");
+checkState();
