@@ -1,0 +1,132 @@
+"""One real server with the embedded model and API keys, and one real browser, for all tests of the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, Request, sync_playwright
+
+from loadtests.processes import RunningServer, running_server
+from server.keys import create_key
+
+CHROMIUM = shutil.which("chromium")
+# What a browser would ask of hosts of its own is switched off: this one has nobody but the server.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--disable-default-apps", "--mute-audio"),
+]
+# Few places, so that one request of eight texts takes them all.
+PLACES = ["--max-running", "4", "--max-waiting", "4"]
+
+
+@dataclass
+class Served:
+    """A running server, with a key that may everything and one that may only ask."""
+
+    server: RunningServer
+    admin: str
+    infer: str
+
+    def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The answer of /generate."""
+        request = urllib.request.Request(
+            f"{self.server.url}/generate",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {self.admin}"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
+
+@pytest.fixture(scope="package")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("page")
+    keys = folder / "keys.toml"
+    admin, infer = (create_key(keys, role, [role], {}) for role in ("admin", "infer"))
+    with running_server([*PLACES, "--api-keys", str(keys)], log=folder / "log") as server:
+        server.wait_ready()
+        yield Served(server, admin, infer)
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        reason = "needs Chromium: apt-get install chromium"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Visit:
+    """One tab on the page, and everything that it asked for and complained of."""
+
+    page: Page
+    requests: list[Request]
+    complaints: list[str]
+
+    def bodies(self) -> list[dict[str, Any]]:
+        """What was posted to /generate, in order."""
+        posts = (request for request in self.requests if request.url.endswith("/generate"))
+        return [json.loads(request.post_data or "null") for request in posts]
+
+
+Visiting = Callable[..., Visit]
+
+
+@pytest.fixture
+def visit(browser: Browser, served: Served) -> Iterator[Visiting]:
+    """Opens the page: visit(key=…, scheme="dark", width=…). At the end nothing may have gone elsewhere or wrong."""
+    contexts = []
+    visits: list[Visit] = []
+
+    def open_page(
+        key: str | None = None, scheme: str = "light", width: int = 1440, height: int = 1000, ready: bool = True
+    ) -> Visit:
+        context = browser.new_context(
+            color_scheme="dark" if scheme == "dark" else "light",
+            viewport={"width": width, "height": height},
+            reduced_motion="reduce",
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        context.set_default_timeout(8000)
+        contexts.append(context)
+        page = context.new_page()
+        visit = Visit(page, [], [])
+        visits.append(visit)
+        page.on("request", visit.requests.append)
+        page.on("pageerror", lambda error: visit.complaints.append(str(error)))
+        page.on("console", lambda message: visit.complaints.append(message.text) if message.type == "error" else None)
+        # Before any script of the page, as if the key had been entered in this tab.
+        page.add_init_script(f"sessionStorage.setItem('stet-api-key', {json.dumps(key or served.admin)})")
+        page.goto(served.server.url)
+        if ready:
+            page.locator("#draw[data-source=server]").wait_for()
+        return visit
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    for visit in visits:
+        assert [request.url for request in visit.requests if not request.url.startswith(served.server.url + "/")] == []
+        # The browser itself writes a line for each refusal; the tests of errors look at what the page makes of them.
+        assert [line for line in visit.complaints if "Failed to load resource" not in line] == []
+
+
+def until(condition: Callable[[], bool], page: Page, seconds: float = 8.0) -> None:
+    """Waits for something that the page will show."""
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError("it did not come about")
