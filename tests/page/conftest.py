@@ -22,7 +22,7 @@ FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-default-apps", "--mute-audio"),
 ]
-# Few places, so that one request of eight texts takes them all.
+# Few places, so that one request of six texts takes all that its key may have.
 PLACES = ["--max-running", "4", "--max-waiting", "4"]
 
 
@@ -44,6 +44,15 @@ class Served:
         with urllib.request.urlopen(request, timeout=30) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
+
+    def metric(self, name: str) -> float:
+        """One sample of /metrics."""
+        request = urllib.request.Request(
+            f"{self.server.url}/metrics", headers={"Authorization": f"Bearer {self.admin}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return next(float(line.split(" ")[1]) for line in lines if line.startswith(name + " "))
 
 
 @pytest.fixture(scope="package")
@@ -104,7 +113,7 @@ def visit(browser: Browser, served: Served) -> Iterator[Visiting]:
         page = context.new_page()
         visit = Visit(page, [], [])
         visits.append(visit)
-        page.on("request", visit.requests.append)
+        page.on("request", lambda request: visit.requests.append(request))
         page.on("pageerror", lambda error: visit.complaints.append(str(error)))
         page.on("console", lambda message: visit.complaints.append(message.text) if message.type == "error" else None)
         # Before any script of the page, as if the key had been entered in this tab.

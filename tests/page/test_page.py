@@ -17,7 +17,7 @@ from playwright.sync_api import Page, expect
 
 from tests.page.conftest import Served, Visit, Visiting, until
 
-PROMPT = "Once upon a time, a fox"
+PROMPT = "Once upon a time there was a"
 WEIGHING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 
@@ -201,13 +201,13 @@ def test_a_stream_can_be_stopped(visit: Visiting, served: Served) -> None:
     whole = served.ask(asked(tab) | {"max_new_tokens": 300})["outputs"][0]["text"]
     assert len(text) > 20
     assert whole.startswith(text) or text.startswith(whole), "what was shown is the begin of the text"
-    expect(page.locator("#server")).to_contain_text("0")
+    until(lambda: served.metric("stet_requests_running") == 0, page)
 
 
 def test_a_chat_goes_on(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
-    page.get_by_text("Chat", exact=True).click()
+    page.get_by_label("Chat", exact=True).check()
     keep_seed(page, 1)
     page.get_by_label("Message 1", exact=True).fill("Good night.")
     first = generate(page)
@@ -225,14 +225,14 @@ def test_a_chat_goes_on(visit: Visiting, served: Served) -> None:
 def test_examples_make_the_prompt(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
-    page.locator("#prompt").get_by_text("Examples", exact=True).click()
+    page.get_by_label("Examples", exact=True).check()
     keep_seed(page, 1)
     field(page, "temperature", 0)
     field(page, "max_new_tokens", 20)
     pair = "Q: Translate into Lumi: the red fox\nA: la roto vika\n\n"
     question = "Q: Translate into Lumi: the happy owl sings\nA:"
     for shots, begin in (("Zero-shot", question), ("One-shot", pair + question), ("Few-shot", pair)):
-        page.get_by_text(shots, exact=True).click()
+        page.get_by_label(shots, exact=True).check()
         text = generate(page)
         body = asked(tab)
         assert body["prompt"].startswith(begin)
@@ -391,7 +391,7 @@ def test_two_settings_side_by_side(visit: Visiting, served: Served) -> None:
     page = tab.page
     keep_seed(page, 9)
     page.locator("#compare").check()
-    page.get_by_text("Settings B", exact=True).click()
+    page.get_by_label("Settings B", exact=True).check()
     page.locator("[data-preset=greedy]").click()
     generate(page)
     bodies = [body for body in tab.bodies() if body.get("stream")]
@@ -403,7 +403,7 @@ def test_two_settings_side_by_side(visit: Visiting, served: Served) -> None:
     assert [text_of(page, "a"), text_of(page, "b")] == [answer["text"] for answer in answers]
     ids = [answer["token_ids"] for answer in answers]
     same = next(place for place, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1])
-    words = "with the first token" if same == 0 else f"the same {same} token"
+    words = "with the first token" if same == 0 else "the same token;" if same == 1 else f"the same {same} token"
     expect(page.locator("#parting")).to_contain_text(words)
     expect(page.locator("#pane-b .differs")).to_contain_text("temperature 0")
     page.locator("#output-b .token").nth(1).click()
@@ -423,7 +423,7 @@ def test_the_copied_code_runs(visit: Visiting, served: Served, language: str) ->
     page.locator("#parameter-ignore_eos").check()
     text = generate(page)
     page.locator("#copy").click()
-    page.locator("#code").get_by_text("Python" if language == "python" else "curl", exact=True).click()
+    page.locator("#code").get_by_label("Python" if language == "python" else "curl", exact=True).check()
     page.locator("#code-copy").click()
     expect(page.locator("#code-done")).to_have_text("Copied.")
     code = str(page.evaluate("navigator.clipboard.readText()"))
@@ -492,8 +492,9 @@ def test_refusals_are_told_in_words(visit: Visiting) -> None:
 
 
 def test_a_full_queue_is_told(visit: Visiting, served: Served) -> None:
-    page = visit().page
-    full = {"prompt": PROMPT, "n": 8, "max_new_tokens": 900, "ignore_eos": True, "stream": True}
+    # Of eight places one key may hold six.
+    page = visit(key=served.infer).page
+    full = {"prompt": PROMPT, "n": 6, "max_new_tokens": 900, "ignore_eos": True, "stream": True}
     body = json.dumps(full).encode()
     head = f"POST /generate HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {served.infer}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -544,7 +545,7 @@ def test_axe_finds_nothing_and_nothing_sticks_out(visit: Visiting, scheme: str, 
     generate(page)
     page.locator("#output-a .token").nth(2).click()
     check("with two texts and a token")
-    page.locator("#prompt").get_by_text("Examples", exact=True).click()
+    page.get_by_label("Examples", exact=True).check()
     page.locator("#prompt summary").click()
     field(page, "top_p", 0)
     page.locator("#generate").click()
@@ -570,9 +571,9 @@ def test_all_of_it_by_keyboard(visit: Visiting) -> None:
     expect(page.locator("#output-a .ending")).to_contain_text("tokens")
     page.locator("#output-a .token").first.focus()
     page.keyboard.press("Enter")
-    expect(page.locator("#draw-title")).to_have_text("Token 1")
+    expect(page.locator("#draw-title")).to_have_text(re.compile("^Token 1 of"))
     page.keyboard.press("ArrowRight")
-    expect(page.locator("#draw-title")).to_have_text("Token 2")
+    expect(page.locator("#draw-title")).to_have_text(re.compile("^Token 2 of"))
     page.keyboard.press("Escape")
     expect(page.locator("#draw-title")).to_have_text("Next token")
     # What a screen reader hears: sentences, not tokens, and all of the text.

@@ -81,14 +81,14 @@ function openToken(token) {
   opened = token;
   for (const view of Object.values(views)) view.mark(view.choices.includes(token?.choice) ? token : null);
   byId("steps").hidden = !token;
-  byId("draw-title").replaceChildren(token ? `Token ${count(token.position + 1)}` : "Next token");
+  byId("draw-title").replaceChildren(token ? `Token ${count(token.position + 1)} of ${count(token.choice.tokens.length)}` : "Next token");
   if (!token) return followNext();
   next.pause();
   const { choice, explained, position } = token;
   byId("step-back").disabled = position === 0;
   byId("step-on").disabled = position === choice.tokens.length - 1;
-  const of = ` of ${count(choice.tokens.length)}${comparing ? ` in ${choice.view === views.A ? "A" : "B"}` : ""}`;
-  const words = [tokenBox(token.text), `${of}: the model gave it ${percent(token.probability)}`];
+  const place = choice.view.several ? ` in ${choice.view === views.A ? "A" : "B"}` : "";
+  const words = [tokenBox(token.text), `${place}: the model gave it ${percent(token.probability)}`];
   if (explained) {
     const own = explained.candidates.find(({ id }) => id === token.id);
     words.push(`, the settings made that ${percent(own.final_probability)}.`);
@@ -99,6 +99,8 @@ function openToken(token) {
     inspector.show(top.length ? { candidates: top, id: token.id, vocabulary: vocabulary() } : null);
   }
   byId("draw-words").replaceChildren(...words);
+  // Where it stands below the text, it comes into view; the text stays where it is otherwise.
+  if (byId("draw").getBoundingClientRect().top > innerHeight * 0.8) byId("draw").scrollIntoView({ block: "center" });
 }
 
 function stepToken(by) {
@@ -134,6 +136,7 @@ async function generate() {
   byId("empty").hidden = true;
   byId("parting").hidden = byId("continue").hidden = true;
   nameDifferences();
+  for (const view of Object.values(views)) view.several = comparing;
   const watched = byId("explain").checked ? { explain: ASKED } : { logprobs: ASKED };
   runs = names.map((name) => startRun({ ...bodyOf(name), ...watched }, views[name]));
   setRunning(true);
@@ -153,16 +156,19 @@ async function generate() {
 }
 
 function setRunning(running) {
-  byId("generate").disabled = running;
-  byId("stop").disabled = !running;
-  if (!running && document.activeElement === document.body) byId("generate").focus();
+  const [from, to] = running ? [byId("generate"), byId("stop")] : [byId("stop"), byId("generate")];
+  // A disabled button loses the focus, which would be nowhere then.
+  const focused = document.activeElement === from;
+  to.disabled = false;
+  if (focused) to.focus();
+  from.disabled = true;
 }
 
 const stop = () => runs.forEach((run) => run.stop());
 
 function showParting() {
   const { same, equal } = OutputView.compare(views.A, views.B);
-  const words = equal ? "Both texts are the same, token for token." : `Both texts begin with the same ${plural(same, "token")}; then they part.`;
+  const words = equal ? "Both texts are the same, token for token." : `Both texts begin with the same ${same === 1 ? "token" : plural(same, "token")}; then they part.`;
   byId("parting").hidden = false;
   byId("parting").replaceChildren(same || equal ? words : "The texts part with the first token.");
 }

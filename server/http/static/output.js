@@ -52,6 +52,7 @@ class Choice {
         this.unshown = this.unshown.slice(token.text.length);
         continue;
       }
+      if (token.text.startsWith(this.unshown)) break; // the rest of it is held back
       // Several tokens make this text together: up to the next one whose own text can be found in it.
       const next = this.waiting.findIndex(
         ({ text }, i) => i > 0 && text && !text.includes("\ufffd") && this.unshown.indexOf(text) > 0,
@@ -74,7 +75,9 @@ class Choice {
 
   append(text, tokens) {
     const probability = Math.min(...tokens.map((token) => token.probability), 1);
-    const span = element("span", { class: "token", role: "button", tabindex: "-1" }, text);
+    // The space before a word belongs to its token, but a shaded end of a line would look like a mistake.
+    const blank = /^ +(?=\S)/.exec(text)?.[0] ?? "";
+    const span = element("span", { class: "token", role: "button", tabindex: "-1" }, blank, element("b", {}, text.slice(blank.length)));
     if (!text) span.classList.add("empty");
     if (!text.trim()) span.setAttribute("aria-label", text ? spoken(text) : "end of the text");
     if (tokens.length) {

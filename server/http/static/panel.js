@@ -7,7 +7,7 @@ import { bytes, count, duration, percent, plural } from "./words.js";
 /** A bar of parts with a legend that says the same in words. parts: [class, label, value, words]. */
 function partsBar(parts) {
   const total = parts.reduce((sum, [, , value]) => sum + value, 0) || 1;
-  const bars = parts.map(([kind, , value]) => {
+  const bars = parts.filter(([, , value]) => value > 0).map(([kind, , value]) => {
     const part = element("span", { class: kind });
     part.style.setProperty("width", `${((100 * value) / total).toFixed(2)}%`);
     return part;

@@ -7,7 +7,7 @@ const SHOTS = [["zero", "Zero-shot"], ["one", "One-shot"], ["few", "Few-shot"]];
 const ROLES = ["system", "user", "assistant"];
 
 const START = {
-  prompt: "Once upon a time, a fox",
+  prompt: "Once upon a time there was a",
   chat: [{ role: "user", content: "Tell me a story about a fox who lost her kite." }],
   examples: {
     shots: "few",
