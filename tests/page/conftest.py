@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
 from loadtests.processes import RunningServer, running_server
 from server.keys import create_key
@@ -93,39 +93,53 @@ class Visit:
 Visiting = Callable[..., Visit]
 
 
+@pytest.fixture(scope="package")
+def tab(browser: Browser) -> Iterator[Page]:
+    """One tab for all tests: a new one costs more than what most of them do."""
+    context = browser.new_context(
+        viewport={"width": 1440, "height": 900},
+        reduced_motion="reduce",
+        permissions=["clipboard-read", "clipboard-write"],
+    )
+    context.set_default_timeout(8000)
+    yield context.new_page()
+    context.close()
+
+
 @pytest.fixture
-def visit(browser: Browser, served: Served) -> Iterator[Visiting]:
-    """Opens the page: visit(key=…, scheme="dark", width=…). At the end nothing may have gone elsewhere or wrong."""
-    contexts = []
+def visit(tab: Page, served: Served) -> Iterator[Visiting]:
+    """Opens the page anew: visit(key=…). At the end nothing may have gone elsewhere or wrong."""
     visits: list[Visit] = []
 
-    def open_page(
-        key: str | None = None, scheme: str = "light", width: int = 1440, height: int = 1000, ready: bool = True
-    ) -> Visit:
-        context = browser.new_context(
-            color_scheme="dark" if scheme == "dark" else "light",
-            viewport={"width": width, "height": height},
-            reduced_motion="reduce",
-            permissions=["clipboard-read", "clipboard-write"],
-        )
-        context.set_default_timeout(8000)
-        contexts.append(context)
-        page = context.new_page()
+    def open_page(key: str | None = None, ready: bool = True) -> Visit:
+        page = tab
         visit = Visit(page, [], [])
         visits.append(visit)
-        page.on("request", lambda request: visit.requests.append(request))
-        page.on("pageerror", lambda error: visit.complaints.append(str(error)))
-        page.on("console", lambda message: visit.complaints.append(message.text) if message.type == "error" else None)
-        # Before any script of the page, as if the key had been entered in this tab.
-        page.add_init_script(f"sessionStorage.setItem('stet-api-key', {json.dumps(key or served.admin)})")
+        page.on("request", note_request)
+        page.on("pageerror", note_error)
+        page.on("console", note_line)
+        # The first answer of the server gives the tab its origin; the key is there before the page's scripts run.
+        page.goto(f"{served.server.url}/livez")
+        page.evaluate("key => sessionStorage.setItem('stet-api-key', key)", key or served.admin)
         page.goto(served.server.url)
         if ready:
             page.locator("#draw[data-source=server]").wait_for()
         return visit
 
+    def note_request(request: Request) -> None:
+        visits[-1].requests.append(request)
+
+    def note_error(error: Error) -> None:
+        visits[-1].complaints.append(str(error))
+
+    def note_line(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            visits[-1].complaints.append(message.text)
+
     yield open_page
-    for context in contexts:
-        context.close()
+    tab.remove_listener("request", note_request)
+    tab.remove_listener("pageerror", note_error)
+    tab.remove_listener("console", note_line)
     for visit in visits:
         assert [request.url for request in visit.requests if not request.url.startswith(served.server.url + "/")] == []
         # The browser itself writes a line for each refusal; the tests of errors look at what the page makes of them.

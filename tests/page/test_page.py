@@ -50,8 +50,8 @@ def asked(visit: Visit) -> dict[str, Any]:
 
 
 def percent(value: float) -> str:
-    if value == 0:
-        return "0 %"
+    if value in (0, 1):
+        return f"{value * 100:.0f} %"
     if value < 0.0005:
         return "< 0.1 %"
     if 0.9995 < value < 1:
@@ -62,7 +62,10 @@ def percent(value: float) -> str:
 def rows(page: Page) -> list[list[str]]:
     """The candidates as they are shown: the model's share, and the settings' or what removed it."""
     page.locator("#inspector .under button").click()  # all of them
-    script = "rows => rows.map(row => [...row.querySelectorAll('td')].slice(1).map(cell => cell.innerText))"
+    # What is written for those who hear the page only is left out.
+    script = """rows => rows.map(row => [...row.querySelectorAll("td")].slice(1).map(
+      cell => (cell.querySelector(".cut")?.lastChild ?? cell).textContent
+    ))"""
     found: list[list[str]] = page.locator("#inspector tbody tr").evaluate_all(script)
     page.locator("#inspector .under button").click()
     return found
@@ -81,7 +84,6 @@ def shown(draw: dict[str, Any]) -> list[list[str]]:
 
 def settle(page: Page) -> None:
     """Wait until the next token is the server's word on what is set now."""
-    page.wait_for_timeout(180)
     page.locator("#draw[data-source=server]").wait_for()
 
 
@@ -89,7 +91,8 @@ def settle(page: Page) -> None:
 
 
 def test_the_policy_is_in_force(visit: Visiting) -> None:
-    page = visit().page
+    tab = visit()
+    page = tab.page
     refused = page.evaluate(
         """async () => {
           const found = [];
@@ -108,6 +111,7 @@ def test_the_policy_is_in_force(visit: Visiting) -> None:
         }"""
     )
     directives, stranger, display = refused
+    tab.complaints.clear()  # the browser's, of each refusal
     assert stranger is None
     assert display != "none"
     assert {"style-src-elem", "connect-src", "img-src"} <= set(directives)
@@ -117,19 +121,30 @@ def test_the_policy_is_in_force(visit: Visiting) -> None:
 # --- the text -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["greedy", "balanced", "creative", "plain"])
-def test_a_preset_gives_the_apis_text(visit: Visiting, served: Served, preset: str) -> None:
+def test_each_preset_gives_the_apis_text(visit: Visiting, served: Served) -> None:
     tab = visit()
     keep_seed(tab.page, 7)
-    tab.page.locator(f"[data-preset={preset}]").click()
-    text = generate(tab.page)
-    body = asked(tab)
-    assert (body["prompt"], body["seed"], body["max_new_tokens"]) == (PROMPT, 7, 120)
-    answer = served.ask(body)
-    assert len(text) > 40
-    assert text == answer["outputs"][0]["text"]
-    assert {"greedy": body["temperature"] == 0, "plain": body["temperature"] == 1}.get(preset, True)
-    expect(tab.page.locator("#output-a .ending")).to_contain_text(f"{answer['usage']['completion_tokens']} tokens")
+    weighing = {
+        "greedy": (0, 1, None),
+        "balanced": (0.8, 0.95, None),
+        "creative": (1.2, 1, 0.08),
+        "plain": (1, 1, None),
+    }
+    texts = set()
+    field(tab.page, "max_new_tokens", 40)
+    for preset, (temperature, top_p, min_p) in weighing.items():
+        tab.page.locator(f"[data-preset={preset}]").click()
+        text = generate(tab.page)
+        body = asked(tab)
+        assert (body["prompt"], body["seed"], body["max_new_tokens"]) == (PROMPT, 7, 40)
+        assert (body["temperature"], body["top_p"], body.get("min_p")) == (temperature, top_p, min_p)
+        answer = served.ask(body)
+        assert len(text) > 40
+        assert text == answer["outputs"][0]["text"]
+        ending = tab.page.locator("#output-a .ending")
+        expect(ending).to_contain_text(f"{answer['usage']['completion_tokens']} tokens")
+        texts.add(text)
+    assert len(texts) > 2
 
 
 def test_every_control_reaches_the_request(visit: Visiting, served: Served) -> None:
@@ -209,6 +224,7 @@ def test_a_chat_goes_on(visit: Visiting, served: Served) -> None:
     page = tab.page
     page.get_by_label("Chat", exact=True).check()
     keep_seed(page, 1)
+    field(page, "max_new_tokens", 30)
     page.get_by_label("Message 1", exact=True).fill("Good night.")
     first = generate(page)
     assert first == served.ask(asked(tab))["outputs"][0]["text"]
@@ -291,7 +307,8 @@ def test_a_token_opens_its_draw(visit: Visiting, served: Served) -> None:
 def test_the_next_token_follows_the_sliders(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
-    base = {"prompt": PROMPT, "max_new_tokens": 1, "explain": 20, "seed": 1, "repetition_penalty": 1}
+    base = {"prompt": PROMPT, "max_new_tokens": 1, "explain": 20, "repetition_penalty": 1}
+    base["seed"] = int(page.locator("#seed").input_value())  # a drawn token beyond the twenty is shown, too
     for preset, weighing in (
         ("greedy", (0, 0, 1, 0, 1)),
         ("plain", (1, 0, 1, 0, 1)),
@@ -334,7 +351,7 @@ def test_filters_in_the_page_are_the_servers(visit: Visiting, served: Served) ->
     page = visit().page
     rng = random.Random(6)
     exact = estimated = 0
-    for number in range(60):
+    for number in range(36):
         prompt = rng.choice([PROMPT, "The", "Q: What is 3 + 4?\nA:", "One morning the bear"])
         settings: dict[str, Any] = {
             "temperature": rng.choice([0, 0.3, 0.7, 1, 1, 1.3, 2]),
@@ -366,8 +383,8 @@ def test_filters_in_the_page_are_the_servers(visit: Visiting, served: Served) ->
         else:
             estimated += 1
             assert off < 0.3, (settings, off)
-    assert exact > 30
-    assert estimated > 2
+    assert exact > 18
+    assert estimated > 1
 
 
 def test_without_explanations_the_models_word_is_left(visit: Visiting, served: Served) -> None:
@@ -390,6 +407,7 @@ def test_two_settings_side_by_side(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
     keep_seed(page, 9)
+    field(page, "max_new_tokens", 30)
     page.locator("#compare").check()
     page.get_by_label("Settings B", exact=True).check()
     page.locator("[data-preset=greedy]").click()
@@ -411,8 +429,7 @@ def test_two_settings_side_by_side(visit: Visiting, served: Served) -> None:
     assert page.locator("#runs article").count() == 2
 
 
-@pytest.mark.parametrize("language", ["curl", "python"])
-def test_the_copied_code_runs(visit: Visiting, served: Served, language: str) -> None:
+def test_the_copied_code_runs(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
     prompt = "It's “so” \\ $HOME `x`\n\t🌙 the fox's"
@@ -423,20 +440,22 @@ def test_the_copied_code_runs(visit: Visiting, served: Served, language: str) ->
     page.locator("#parameter-ignore_eos").check()
     text = generate(page)
     page.locator("#copy").click()
-    page.locator("#code").get_by_label("Python" if language == "python" else "curl", exact=True).check()
-    page.locator("#code-copy").click()
-    expect(page.locator("#code-done")).to_have_text("Copied.")
-    code = str(page.evaluate("navigator.clipboard.readText()"))
-    assert code == page.locator("#code-text").text_content()
-    assert served.admin not in code
-    command = ["sh", "-c", code] if language == "curl" else [sys.executable, "-c", code]
-    done = subprocess.run(command, env={"PATH": os.environ["PATH"], "STET_API_KEY": served.admin}, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    printed = done.stdout.decode()
-    if language == "curl":
-        events = [json.loads(line[6:]) for line in printed.splitlines() if line.startswith("data: {")]
-        printed = "".join(event.get("text", "") for event in events) + "\n"
-    assert printed == text + "\n"
+    for language in ("curl", "Python"):
+        page.locator("#code").get_by_label(language, exact=True).check()
+        page.locator("#code-copy").click()
+        expect(page.locator("#code-done")).to_have_text("Copied.")
+        code = str(page.evaluate("navigator.clipboard.readText()"))
+        assert code == page.locator("#code-text").text_content()
+        assert served.admin not in code
+        command = ["sh", "-c", code] if language == "curl" else [sys.executable, "-c", code]
+        environment = {"PATH": os.environ["PATH"], "STET_API_KEY": served.admin}
+        done = subprocess.run(command, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout.decode()
+        if language == "curl":
+            events = [json.loads(line[6:]) for line in printed.splitlines() if line.startswith("data: {")]
+            printed = "".join(event.get("text", "") for event in events) + "\n"
+        assert printed == text + "\n", language
 
 
 def test_the_panel_tells_what_the_answer_told(visit: Visiting, served: Served) -> None:
@@ -486,7 +505,8 @@ def test_refusals_are_told_in_words(visit: Visiting) -> None:
     expect(error).to_contain_text("The prompt is too long")
     expect(error).to_contain_text("1024")
     page.get_by_label("Prompt: a text to go on with").fill(PROMPT)
-    error.get_by_text("Try again").click()
+    field(page, "max_new_tokens", 10)
+    error.get_by_role("button", name="Try again").click()
     expect(page.locator("#output-a .ending")).to_contain_text("token")
     expect(error).to_be_hidden()
 
@@ -501,11 +521,12 @@ def test_a_full_queue_is_told(visit: Visiting, served: Served) -> None:
     with socket.create_connection((served.server.host, served.server.port)) as connection:
         connection.sendall(head.encode() + body)
         assert b"200" in connection.recv(64)
+        field(page, "max_new_tokens", 10)
         page.locator("#generate").click()
         expect(page.locator("#error")).to_contain_text("All places are taken")
         expect(page.locator("#error")).to_contain_text("Try again in about")
     page.wait_for_timeout(100)
-    page.locator("#error").get_by_text("Try again").click()
+    page.locator("#error").get_by_role("button", name="Try again").click()
     expect(page.locator("#output-a .ending")).to_contain_text("token")
 
 
@@ -519,6 +540,7 @@ def test_a_key_is_asked_for_and_its_role_told(visit: Visiting, served: Served) -
     page.locator("#draw[data-source=server]").wait_for()
     expect(page.locator("#key")).to_be_hidden()
     expect(page.locator("#error")).to_be_hidden()
+    field(page, "max_new_tokens", 10)
     assert len(generate(page)) > 20
     expect(page.locator("#server")).to_contain_text("may not read the server's metrics")
     assert page.evaluate("[localStorage.length, document.cookie, location.href.includes('stet-')]") == [0, "", False]
@@ -527,32 +549,39 @@ def test_a_key_is_asked_for_and_its_role_told(visit: Visiting, served: Served) -
 # --- for everyone -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 390), ("dark", 390)])
-def test_axe_finds_nothing_and_nothing_sticks_out(visit: Visiting, scheme: str, width: int) -> None:
-    page = visit(scheme=scheme, width=width, height=800).page
+def test_axe_finds_nothing_and_nothing_sticks_out(visit: Visiting) -> None:
+    page = visit().page
     axe = Axe()
 
     def check(what: str) -> None:
-        found = axe.run(page, options={"resultTypes": ["violations"]})
-        assert found.violations_count == 0, f"{what}: {found.generate_report()}"
-        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, what
+        """All rules in light; in dark those that colours decide; all again on a phone, which may not scroll aside."""
+        for scheme, width, rules in (("light", 1440, None), ("dark", 1440, ["color-contrast"]), ("light", 390, None)):
+            page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+            page.set_viewport_size({"width": width, "height": 900})
+            options: dict[str, Any] = {"resultTypes": ["violations"]}
+            if rules:
+                options["runOnly"] = {"type": "rule", "values": rules}
+            found = axe.run(page, options=options)
+            assert found.violations_count == 0, f"{what}, {scheme}, {width}: {found.generate_report()}"
+            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, (what, width)
+        page.set_viewport_size({"width": 1440, "height": 900})
 
-    check("at first")
     page.locator("#compare").check()
-    page.locator("#controls details").evaluate_all("all => all.forEach(one => one.open = true)")
     keep_seed(page, 7)
-    field(page, "max_new_tokens", 40)
+    field(page, "max_new_tokens", 30)
     generate(page)
     page.locator("#output-a .token").nth(2).click()
     check("with two texts and a token")
     page.get_by_label("Examples", exact=True).check()
     page.locator("#prompt summary").click()
+    page.locator("#controls details").evaluate_all("all => all.forEach(one => one.open = true)")
     field(page, "top_p", 0)
     page.locator("#generate").click()
     expect(page.locator("#error")).to_be_visible()
-    check("with examples and an error")
+    page.locator("#key-open").click()
+    check("with examples, all controls, an error and the key")
     page.locator("#copy").click()
-    check("with code")
+    assert axe.run(page, context="#code").violations_count == 0
 
 
 def test_all_of_it_by_keyboard(visit: Visiting) -> None:
@@ -593,5 +622,5 @@ def test_a_server_that_dies_is_told(visit: Visiting, served: Served) -> None:
     expect(page.locator("#error")).to_contain_text("The connection broke in the middle of the text")
     assert len(text_of(page)) > 10
     expect(page.locator("#state")).to_have_text("does not answer", timeout=15000)
-    page.locator("#error").get_by_text("Try again").click()
+    page.locator("#error").get_by_role("button", name="Try again").click()
     expect(page.locator("#error")).to_contain_text("The server does not answer")

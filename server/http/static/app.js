@@ -2,7 +2,7 @@
 
 import { apiKey, getJson } from "./api.js";
 import { Controls } from "./controls.js";
-import { byId, copyText, debounced, element, segmented } from "./dom.js";
+import { byId, copyText, element, segmented } from "./dom.js";
 import { Inspector, tailOf, tokenBox } from "./inspector.js";
 import { ASKED, NextToken } from "./next.js";
 import { OutputView } from "./output.js";
@@ -24,7 +24,7 @@ const STATES = {
 };
 
 const first = { ...withPreset(neutral(), "balanced"), max_new_tokens: 120 };
-const settings = { A: first, B: withPreset(first, "creative") };
+const settings = { A: first, B: null };
 let editing = "A";
 let comparing = false;
 let info = null;
@@ -67,7 +67,9 @@ const next = new NextToken(
     inspector.show(null);
     const [title, advice] = explainError(error);
     byId("draw-words").replaceChildren(element("span", { class: "problem" }, `${title}. ${advice}`));
+    byId("draw").dataset.source = "nobody";
   },
+  () => (byId("draw").dataset.source = "asked"),
 );
 
 /** Asks for the next token anew, if that is what is shown. */
@@ -84,6 +86,7 @@ function openToken(token) {
   byId("draw-title").replaceChildren(token ? `Token ${count(token.position + 1)} of ${count(token.choice.tokens.length)}` : "Next token");
   if (!token) return followNext();
   next.pause();
+  byId("draw").dataset.source = "token";
   const { choice, explained, position } = token;
   byId("step-back").disabled = position === 0;
   byId("step-on").disabled = position === choice.tokens.length - 1;
@@ -187,7 +190,7 @@ function showError(error) {
   const hide = element("button", { type: "button", class: "quiet", click: () => showError(null) }, "Dismiss");
   box.replaceChildren(element("div", {}, element("strong", {}, title), element("p", {}, advice), ...[list].filter(Boolean)), retry, hide);
   if (error.code === "unauthorized") openKey();
-  if (error.code === "unreachable") checkState();
+  if (error.code === "unreachable" || error.code === "broken") checkState();
 }
 
 // --- the key ------------------------------------------------------------------------------------------------------
@@ -295,6 +298,7 @@ function edit(name) {
 }
 
 function nameDifferences() {
+  if (!settings.B) return;
   for (const [name, other] of [["A", "B"], ["B", "A"]]) {
     const words = differences(settings[name], settings[other]) || "the same settings";
     byId(`pane-${name.toLowerCase()}`).querySelector(".differs").replaceChildren(words);
@@ -303,6 +307,8 @@ function nameDifferences() {
 
 byId("compare").addEventListener("change", () => {
   comparing = byId("compare").checked;
+  // At first B is like A but for chance, so that there is something to compare.
+  settings.B ??= withPreset(settings.A, presetOf(settings.A) === "creative" ? "balanced" : "creative");
   byId("which").hidden = !comparing;
   document.body.classList.toggle("comparing", comparing);
   if (comparing) byId("which").replaceChildren(segmented("which", "Settings to change", NAMES.map((name) => [name, `Settings ${name}`]), editing, edit));
@@ -338,7 +344,7 @@ byId("code-copy").addEventListener("click", async () => {
 
 // --- the rest -----------------------------------------------------------------------------------------------------
 
-const prompt = new PromptEditor(byId("prompt"), debounced(followNext, 150));
+const prompt = new PromptEditor(byId("prompt"), followNext);
 
 byId("generate").addEventListener("click", generate);
 byId("stop").addEventListener("click", stop);

@@ -18,15 +18,6 @@ export function element(name, attributes = {}, ...children) {
   return made;
 }
 
-/** Calls `action` once, so many milliseconds after the last call. */
-export function debounced(action, milliseconds) {
-  let timer = 0;
-  return (...values) => {
-    clearTimeout(timer);
-    timer = setTimeout(() => action(...values), milliseconds);
-  };
-}
-
 /** A row of radio buttons that looks like one control. `choices`: [value, label] pairs. */
 export function segmented(name, label, choices, chosen, onChange) {
   const inputs = choices.map(([value, text]) => {

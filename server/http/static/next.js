@@ -18,10 +18,10 @@ export function questionOf(body) {
   return question;
 }
 
-/** Follows a prompt and settings. onDrawing(drawing), onError(error). */
+/** Follows a prompt and settings. onDrawing(drawing), onError(error), onAsked(): what is shown is out of date. */
 export class NextToken {
-  constructor(onDrawing, onError) {
-    Object.assign(this, { onDrawing, onError, known: null, wanted: null, busy: false, timer: 0 });
+  constructor(onDrawing, onError, onAsked) {
+    Object.assign(this, { onDrawing, onError, onAsked, known: null, wanted: null, busy: false, timer: 0 });
   }
 
   /** body: the request as it would be sent. settings: what it was made of. vocabulary: tokens of the model. */
@@ -29,12 +29,14 @@ export class NextToken {
     const prompt = JSON.stringify([body.prompt, body.messages]);
     this.wanted = { body, settings, vocabulary, prompt };
     clearTimeout(this.timer);
-    let pause = 0;
+    let pause = PAUSE;
     if (this.known?.prompt === prompt && canRecompute(settings)) {
       const guess = recompute(this.known.candidates, ASKED, vocabulary, settings);
       this.onDrawing({ ...guess, vocabulary, source: "page" });
-      pause = PAUSE;
-    } else if (this.known?.prompt !== prompt) pause = PAUSE;
+    } else {
+      this.onAsked();
+      if (this.known?.prompt === prompt) pause = 0;
+    }
     this.timer = setTimeout(() => this.ask(), pause);
   }
 

@@ -26,8 +26,8 @@ export function runFigures(name, outcome) {
   const { usage, timings, firstMs, totalMs } = outcome;
   const title = name && element("h3", {}, element("span", { class: "letter" }, name));
   if (!usage) {
-    const first = firstMs === null ? "none" : duration(firstMs);
-    return element("article", {}, title, element("dl", { class: "figures" }, figure("First token", first)));
+    const words = firstMs === null ? "Nothing came." : `The first token came after ${duration(firstMs)}; the rest is told at the end of a whole text.`;
+    return element("article", {}, title, element("p", { class: "note" }, words));
   }
   const after = usage.completion_tokens - (outcome.body.n ?? 1);
   const speed = after > 0 && timings.decode_ms > 0 ? `${count(Math.round((after * 1000) / timings.decode_ms))}` : "–";

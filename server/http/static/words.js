@@ -10,7 +10,7 @@ export const plural = (value, word) => `${count(value)} ${word}${value === 1 ? "
 
 /** A probability in percent, always short: "31.2 %", "< 0.1 %", "0 %". */
 export function percent(value) {
-  if (value === 0) return "0 %";
+  if (value === 0 || value === 1) return `${value * 100} %`;
   if (value < 0.0005) return "< 0.1 %";
   if (value > 0.9995 && value < 1) return "> 99.9 %";
   return `${(value * 100).toFixed(1)} %`;
