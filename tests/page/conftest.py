@@ -118,8 +118,9 @@ def visit(tab: Page, served: Served) -> Iterator[Visiting]:
         page.on("request", note_request)
         page.on("pageerror", note_error)
         page.on("console", note_line)
-        # The first answer of the server gives the tab its origin; the key is there before the page's scripts run.
-        page.goto(f"{served.server.url}/livez")
+        # Any answer of the server gives the tab its origin; the key is there before the page's scripts run.
+        if not page.url.startswith(served.server.url):
+            page.goto(f"{served.server.url}/livez")
         page.evaluate("key => sessionStorage.setItem('stet-api-key', key)", key or served.admin)
         page.goto(served.server.url)
         if ready:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -35,7 +36,7 @@ def keep_seed(page: Page, seed: int) -> None:
 def generate(page: Page, pane: str = "a") -> str:
     """Press the button, wait for the end, and read the text."""
     page.locator("#generate").click()
-    expect(page.locator("#generate")).to_be_enabled()
+    page.locator("#generate:enabled").wait_for()
     return text_of(page, pane)
 
 
@@ -162,7 +163,7 @@ def test_every_control_reaches_the_request(visit: Visiting, served: Served) -> N
         "repetition_penalty": 1.05,
         "presence_penalty": 0.2,
         "frequency_penalty": 0.1,
-        "max_new_tokens": 40,
+        "max_new_tokens": 20,
         "min_new_tokens": 3,
     }
     for name, value in numbers.items():
@@ -302,12 +303,20 @@ def test_a_token_opens_its_draw(visit: Visiting, served: Served) -> None:
     order = sorted(range(len(draws)), key=lambda place: chances[place])
     assert [shades[place] for place in order] == sorted(shades, reverse=True)
     assert max(shades) > min(shades)
+    # Without explanations the model's own word is left.
+    page.locator("#explain").uncheck()
+    field(page, "max_new_tokens", 6)
+    generate(page)
+    page.locator("#output-a .token").nth(2).click()
+    top = served.ask(asked(tab) | {"logprobs": 20})["outputs"][0]["logprobs"][2]["top"]
+    assert [row[0] for row in rows(page)] == [percent(math.exp(one["logprob"])) for one in top]
+    assert "was not explained" in page.locator("#draw-words").inner_text()
 
 
 def test_the_next_token_follows_the_sliders(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
-    base = {"prompt": PROMPT, "max_new_tokens": 1, "explain": 20, "repetition_penalty": 1}
+    base = {"prompt": PROMPT, "max_new_tokens": 1, "explain": 20, "repetition_penalty": 1, "top_p": 1, "typical_p": 1}
     base["seed"] = int(page.locator("#seed").input_value())  # a drawn token beyond the twenty is shown, too
     for preset, weighing in (
         ("greedy", (0, 0, 1, 0, 1)),
@@ -385,19 +394,6 @@ def test_filters_in_the_page_are_the_servers(visit: Visiting, served: Served) ->
             assert off < 0.3, (settings, off)
     assert exact > 18
     assert estimated > 1
-
-
-def test_without_explanations_the_models_word_is_left(visit: Visiting, served: Served) -> None:
-    tab = visit()
-    page = tab.page
-    page.locator("#explain").uncheck()
-    field(page, "max_new_tokens", 6)
-    generate(page)
-    page.locator("#output-a .token").nth(2).click()
-    top = served.ask(asked(tab) | {"logprobs": 20})["outputs"][0]["logprobs"][2]["top"]
-    expect(page.locator("#inspector tbody tr")).to_have_count(10)
-    assert [row[0] for row in rows(page)] == [percent(2.718281828459045 ** one["logprob"]) for one in top]
-    expect(page.locator("#draw-words")).to_contain_text("was not explained")
 
 
 # --- side by side, code, measures ---------------------------------------------------------------------------------
@@ -553,35 +549,36 @@ def test_axe_finds_nothing_and_nothing_sticks_out(visit: Visiting) -> None:
     page = visit().page
     axe = Axe()
 
-    def check(what: str) -> None:
-        """All rules in light; in dark those that colours decide; all again on a phone, which may not scroll aside."""
-        for scheme, width, rules in (("light", 1440, None), ("dark", 1440, ["color-contrast"]), ("light", 390, None)):
-            page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
-            page.set_viewport_size({"width": width, "height": 900})
-            options: dict[str, Any] = {"resultTypes": ["violations"]}
-            if rules:
-                options["runOnly"] = {"type": "rule", "values": rules}
-            found = axe.run(page, options=options)
-            assert found.violations_count == 0, f"{what}, {scheme}, {width}: {found.generate_report()}"
-            assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, (what, width)
-        page.set_viewport_size({"width": 1440, "height": 900})
+    def check(scheme: str, width: int, rules: list[str] | None = None) -> None:
+        page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        page.set_viewport_size({"width": width, "height": 900})
+        options: dict[str, Any] = {"resultTypes": ["violations"]}
+        if rules:
+            options["runOnly"] = {"type": "rule", "values": rules}
+        found = axe.run(page, options=options)
+        assert found.violations_count == 0, f"{scheme}, {width}: {found.generate_report()}"
+        assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, width
 
     page.locator("#compare").check()
     keep_seed(page, 7)
     field(page, "max_new_tokens", 30)
     generate(page)
     page.locator("#output-a .token").nth(2).click()
-    check("with two texts and a token")
+    check("light", 390)
+    check("dark", 1440, ["color-contrast"])
     page.get_by_label("Examples", exact=True).check()
     page.locator("#prompt summary").click()
     page.locator("#controls details").evaluate_all("all => all.forEach(one => one.open = true)")
     field(page, "top_p", 0)
     page.locator("#generate").click()
-    expect(page.locator("#error")).to_be_visible()
+    page.locator("#error").wait_for()
     page.locator("#key-open").click()
-    check("with examples, all controls, an error and the key")
+    check("light", 1440)
+    page.set_viewport_size({"width": 390, "height": 900})
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     page.locator("#copy").click()
     assert axe.run(page, context="#code").violations_count == 0
+    page.set_viewport_size({"width": 1440, "height": 900})
 
 
 def test_all_of_it_by_keyboard(visit: Visiting) -> None:

@@ -56,7 +56,7 @@ const next = new NextToken(
     if (opened) return;
     const drawn = byId("keep").checked && drawing.source === "server";
     inspector.show({ ...drawing, id: drawn ? drawing.id : undefined, r: drawn ? drawing.r : undefined });
-    const words = ["What would follow the prompt, before anything is generated. "];
+    const words = [`What would follow the prompt${comparing ? ` with settings ${editing}` : ""}, before anything is generated. `];
     if (!drawing.exact) words.push(element("span", { class: "estimate" }, "An estimate while the server is asked."));
     else if (drawn) words.push("With seed ", element("strong", {}, String(seed())), " it would be ", tokenBox(drawing.candidates.find(({ id }) => id === drawing.id).text), ".");
     byId("draw-words").replaceChildren(...words);
@@ -312,7 +312,7 @@ byId("compare").addEventListener("change", () => {
   byId("which").hidden = !comparing;
   document.body.classList.toggle("comparing", comparing);
   if (comparing) byId("which").replaceChildren(segmented("which", "Settings to change", NAMES.map((name) => [name, `Settings ${name}`]), editing, edit));
-  else edit("A");
+  edit(comparing ? editing : "A");
 });
 
 // --- code ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import { element } from "./dom.js";
 import { count, filterName, percent, visible } from "./words.js";
 
 const FEW = 10;
-const SCALES = [0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1];
+const SCALES = [0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1];
 
 const share = (value) => `${(value * 100).toFixed(3)}%`;
 
