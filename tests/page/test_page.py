@@ -595,17 +595,18 @@ def test_all_of_it_by_keyboard(visit: Visiting) -> None:
     field(page, "max_new_tokens", 12)
     page.keyboard.press("Control+Enter")
     expect(page.locator("#output-a .ending")).to_contain_text("tokens")
+    # What a screen reader hears: sentences, not tokens, and all of the text; then the token that is opened.
+    heard = page.locator("#announcer p").all_text_contents()
+    assert " ".join(heard).split() == text_of(page).split()
+    assert len(heard) < 8
     page.locator("#output-a .token").first.focus()
     page.keyboard.press("Enter")
+    assert (page.locator("#announcer p").last.text_content() or "").startswith("Token 1, ")
     expect(page.locator("#draw-title")).to_have_text(re.compile("^Token 1 of"))
     page.keyboard.press("ArrowRight")
     expect(page.locator("#draw-title")).to_have_text(re.compile("^Token 2 of"))
     page.keyboard.press("Escape")
     expect(page.locator("#draw-title")).to_have_text("Next token")
-    # What a screen reader hears: sentences, not tokens, and all of the text.
-    heard = page.locator("#announcer p").all_text_contents()
-    assert " ".join(heard).split() == text_of(page).split()
-    assert len(heard) < 8
 
 
 def test_a_server_that_dies_is_told(visit: Visiting, served: Served) -> None:

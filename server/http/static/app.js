@@ -11,7 +11,7 @@ import { PRESETS, differences, neutral, presetOf, toRequest, withPreset } from "
 import { PromptEditor } from "./prompt.js";
 import { startRun } from "./run.js";
 import { asCurl, asPython } from "./snippets.js";
-import { count, explainError, percent, plural } from "./words.js";
+import { count, explainError, percent, plural, spoken } from "./words.js";
 
 const NAMES = ["A", "B"];
 const STATES = {
@@ -102,6 +102,7 @@ function openToken(token) {
     inspector.show(top.length ? { candidates: top, id: token.id, vocabulary: vocabulary() } : null);
   }
   byId("draw-words").replaceChildren(...words);
+  announce(`Token ${count(position + 1)}, ${spoken(token.text)}${words.slice(1).join("")}`);
   // Where it stands below the text, it comes into view; the text stays where it is otherwise.
   if (byId("draw").getBoundingClientRect().top > innerHeight * 0.8) byId("draw").scrollIntoView({ block: "center" });
 }
