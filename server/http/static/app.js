@@ -1,8 +1,9 @@
 // Puts the page together: who is told what when something changes.
 
-import { apiKey, getJson } from "./api.js";
+import { apiKey } from "./api.js";
+import { CodeDialog } from "./code.js";
 import { Controls } from "./controls.js";
-import { byId, copyText, element, segmented } from "./dom.js";
+import { byId, element, segmented } from "./dom.js";
 import { Inspector, tailOf, tokenBox } from "./inspector.js";
 import { ASKED, NextToken } from "./next.js";
 import { OutputView } from "./output.js";
@@ -10,31 +11,21 @@ import { runFigures, showServer } from "./panel.js";
 import { PRESETS, differences, neutral, presetOf, toRequest, withPreset } from "./parameters.js";
 import { PromptEditor } from "./prompt.js";
 import { startRun } from "./run.js";
-import { asCurl, asPython } from "./snippets.js";
+import { Server } from "./server.js";
 import { count, explainError, percent, plural, spoken } from "./words.js";
 
 const NAMES = ["A", "B"];
-const STATES = {
-  ready: "ready",
-  loading: "loading the model",
-  draining: "stopping",
-  engine_restarting: "engine restarting",
-  failed: "failed: see the server’s log",
-  unreachable: "does not answer",
-};
-
 const first = { ...withPreset(neutral(), "balanced"), max_new_tokens: 120 };
 const settings = { A: first, B: null };
 let editing = "A";
 let comparing = false;
-let info = null;
 let runs = [];
 let opened = null;
 
 // --- the request --------------------------------------------------------------------------------------------------
 
 const seedField = byId("seed");
-const vocabulary = () => info?.vocabulary ?? 0;
+const vocabulary = () => server.info?.vocabulary ?? 0;
 const seed = () => (seedField.value === "" ? undefined : Number(seedField.value));
 
 /** The body of a request with one of the settings, as it is sent and copied. */
@@ -74,7 +65,7 @@ const next = new NextToken(
 
 /** Asks for the next token anew, if that is what is shown. */
 function followNext() {
-  if (opened || !info?.model) return;
+  if (opened || !server.info) return;
   next.follow(bodyOf(editing), settings[editing], vocabulary());
 }
 
@@ -179,7 +170,10 @@ function showParting() {
 
 // --- errors -------------------------------------------------------------------------------------------------------
 
+let told = null;
+
 function showError(error) {
+  told = error;
   const box = byId("error");
   box.hidden = !error;
   if (!error) return box.replaceChildren();
@@ -190,80 +184,25 @@ function showError(error) {
   const retry = element("button", { type: "button", click: generate }, "Try again");
   const hide = element("button", { type: "button", class: "quiet", click: () => showError(null) }, "Dismiss");
   box.replaceChildren(element("div", {}, element("strong", {}, title), element("p", {}, advice), ...[list].filter(Boolean)), retry, hide);
-  if (error.code === "unauthorized") openKey();
-  if (error.code === "unreachable" || error.code === "broken") checkState();
+  if (error.code === "unauthorized") server.askForKey();
+  if (error.code === "unreachable" || error.code === "broken") server.check();
 }
-
-// --- the key ------------------------------------------------------------------------------------------------------
-
-function openKey(open = true) {
-  byId("key").hidden = !open;
-  byId("key-open").hidden = false;
-  byId("key-open").setAttribute("aria-expanded", String(open));
-  if (open) byId("key-input").focus();
-}
-
-byId("key-open").addEventListener("click", () => openKey(byId("key").hidden));
-byId("key").addEventListener("submit", (event) => {
-  event.preventDefault();
-  apiKey.set(byId("key-input").value.trim());
-  byId("key-input").value = "";
-  showError(null);
-  openKey(false);
-  loadInfo();
-});
-byId("key-forget").addEventListener("click", () => {
-  apiKey.set("");
-  byId("key-input").value = "";
-  info = null;
-  loadInfo();
-});
 
 // --- the server ---------------------------------------------------------------------------------------------------
 
-async function loadInfo() {
-  try {
-    info = await getJson("/info");
-    if (apiKey.get()) byId("key-open").hidden = false;
-  } catch (error) {
-    info = null;
-    byId("model").replaceChildren();
-    if (error.code === "unauthorized") {
-      openKey();
-      inspector.show(null);
-      byId("draw-words").replaceChildren("Enter an API key to see what would follow the prompt.");
-      if (apiKey.get()) showError(error);
-    } else if (error.code !== "unreachable") showError(error);
-  }
-  if (info?.model) {
-    const { dtype, quantization, device } = info.identity;
-    const parts = [quantization === "none" ? dtype : `${quantization}, ${dtype}`, device, `context of ${plural(info.context_length, "token")}`];
-    byId("model").replaceChildren(element("strong", {}, info.model), ` ${parts.join(" · ")}`);
+const server = new Server({
+  onInfo: (info) => {
+    if (["unauthorized", "unreachable"].includes(told?.code)) showError(null);
     prompt.setTemplate(info.chat_template);
     followNext();
-  }
-  showServer(byId("server"));
-}
-
-async function checkState() {
-  let state = "unreachable";
-  try {
-    state = (await (await fetch("/readyz", { cache: "no-store" })).json()).status;
-  } catch {
-    // It stays "unreachable".
-  }
-  const box = byId("state");
-  if (box.dataset.state !== state) {
-    const before = box.dataset.state;
-    box.dataset.state = state;
-    box.replaceChildren(STATES[state] ?? state);
-    if (state === "ready" && (before || !info)) loadInfo();
-  }
-  clearTimeout(checkState.timer);
-  checkState.timer = setTimeout(() => (document.hidden ? null : checkState()), state === "ready" ? 10_000 : 2_000);
-}
-
-document.addEventListener("visibilitychange", () => document.hidden || checkState());
+  },
+  onLocked: (error) => {
+    inspector.show(null);
+    byId("draw-words").replaceChildren("Enter an API key to see what would follow the prompt.");
+    if (apiKey.get()) showError(error);
+  },
+  onError: showError,
+});
 
 // --- settings -----------------------------------------------------------------------------------------------------
 
@@ -316,32 +255,8 @@ byId("compare").addEventListener("change", () => {
   edit(comparing ? editing : "A");
 });
 
-// --- code ---------------------------------------------------------------------------------------------------------
-
-const code = { language: "curl", name: "A" };
-
-function showCode() {
-  const body = { ...bodyOf(code.name), stream: true };
-  const write = { curl: asCurl, python: asPython }[code.language];
-  byId("code-text").replaceChildren(write(`${location.origin}/generate`, body, Boolean(apiKey.get())));
-  byId("code-done").replaceChildren();
-}
-
-byId("copy").addEventListener("click", () => {
-  code.name = editing;
-  const language = segmented("language", "Language", [["curl", "curl"], ["python", "Python"]], code.language, (value) => ((code.language = value), showCode()));
-  const which = comparing ? segmented("code-of", "Settings", NAMES.map((name) => [name, name]), code.name, (value) => ((code.name = value), showCode())) : null;
-  byId("code-choice").replaceChildren(...[language, which].filter(Boolean));
-  showCode();
-  byId("code").showModal();
-});
-byId("code-close").addEventListener("click", () => byId("code").close());
-byId("code-copy").addEventListener("click", async () => {
-  const text = byId("code-text");
-  const done = await copyText(text.textContent);
-  if (!done) getSelection().selectAllChildren(text);
-  byId("code-done").replaceChildren(done ? "Copied." : "This address has no clipboard: it is selected, press Ctrl or ⌘ and C.");
-});
+const code = new CodeDialog(bodyOf);
+byId("copy").addEventListener("click", () => code.open(editing, comparing ? NAMES : [editing]));
 
 // --- the rest -----------------------------------------------------------------------------------------------------
 
@@ -375,4 +290,4 @@ document.addEventListener("keydown", (event) => {
 byId("runs").append(element("p", { class: "note" }, "The first token, the speed and where the time went: after a text."));
 drawSeed();
 edit("A");
-checkState();
+server.check();
