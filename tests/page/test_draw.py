@@ -20,7 +20,7 @@ def test_a_token_opens_its_draw(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
     keep_seed(page, 7)
-    field(page, "max_new_tokens", 24)
+    field(page, "max_new_tokens", 16)
     page.locator("[data-preset=creative]").click()
     text = generate(page)
     draws = served.ask(asked(tab) | {"explain": 20})["outputs"][0]["explain"]
@@ -79,17 +79,14 @@ def test_the_next_token_follows_the_sliders(visit: Visiting, served: Served) -> 
         draw = served.ask(body)["outputs"][0]["explain"][0]
         assert rows(page) == shown(draw)
     slider = page.get_by_label("Temperature, slider")
-    for temperature in ("0.3", "1.9"):
-        before = rows(page)
-        slider.evaluate(
-            "(slider, value) => { slider.value = value; slider.dispatchEvent(new Event('input')) }", temperature
-        )
-        # At once, by the page alone: no answer can have come yet.
-        assert page.locator("#draw").get_attribute("data-source") == "page"
-        settle(page)
-        assert rows(page) != before
-        body = base | {"temperature": float(temperature), "min_p": 0.08}
-        assert rows(page) == shown(served.ask(body)["outputs"][0]["explain"][0])
+    before = rows(page)
+    slider.evaluate("slider => { slider.value = 1.9; slider.dispatchEvent(new Event('input')) }")
+    # At once, by the page alone: no answer can have come yet.
+    assert page.locator("#draw").get_attribute("data-source") == "page"
+    settle(page)
+    assert rows(page) != before
+    body = base | {"temperature": 1.9, "min_p": 0.08}
+    assert rows(page) == shown(served.ask(body)["outputs"][0]["explain"][0])
     note = page.locator("#inspector .note").inner_text()
     assert re.match(r"The 20 most likely of 3,840 tokens. The other 3,820 together have .+ %, with the settings", note)
     # A kept seed says which one it would be; nothing was generated for all that.
@@ -110,7 +107,7 @@ def test_filters_in_the_page_are_the_servers(visit: Visiting, served: Served) ->
     page = visit().page
     rng = random.Random(6)
     exact = estimated = 0
-    for number in range(36):
+    for number in range(28):
         prompt = rng.choice([PROMPT, "The", "Q: What is 3 + 4?\nA:", "One morning the bear"])
         settings: dict[str, Any] = {
             "temperature": rng.choice([0, 0.3, 0.7, 1, 1, 1.3, 2]),
@@ -142,5 +139,5 @@ def test_filters_in_the_page_are_the_servers(visit: Visiting, served: Served) ->
         else:
             estimated += 1
             assert off < 0.3, (settings, off)
-    assert exact > 18
+    assert exact > 14
     assert estimated > 1

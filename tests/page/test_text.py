@@ -18,12 +18,12 @@ def test_each_preset_gives_the_apis_text(visit: Visiting, served: Served) -> Non
         "plain": (1, 1, None),
     }
     texts = set()
-    field(tab.page, "max_new_tokens", 40)
+    field(tab.page, "max_new_tokens", 24)
     for preset, (temperature, top_p, min_p) in weighing.items():
         tab.page.locator(f"[data-preset={preset}]").click()
         text = generate(tab.page)
         body = asked(tab)
-        assert (body["prompt"], body["seed"], body["max_new_tokens"]) == (PROMPT, 7, 40)
+        assert (body["prompt"], body["seed"], body["max_new_tokens"]) == (PROMPT, 7, 24)
         assert (body["temperature"], body["top_p"], body.get("min_p")) == (temperature, top_p, min_p)
         answer = served.ask(body)
         assert len(text) > 40
@@ -77,15 +77,15 @@ def test_every_control_reaches_the_request(visit: Visiting, served: Served) -> N
 
 def test_a_seed_is_drawn_until_it_is_kept(visit: Visiting) -> None:
     tab = visit()
-    field(tab.page, "max_new_tokens", 12)
+    field(tab.page, "max_new_tokens", 6)
     seeds = []
-    for kept in (False, False, True, True):
+    for kept in (False, False, True):
         tab.page.locator("#keep").set_checked(kept)
         generate(tab.page)
         seeds.append(asked(tab)["seed"])
         assert tab.page.locator("#seed").input_value() == str(seeds[-1])
     assert len(set(seeds[:2])) == 2
-    assert seeds[1] == seeds[2] == seeds[3]
+    assert seeds[1] == seeds[2]
 
 
 def test_a_stream_can_be_stopped(visit: Visiting, served: Served) -> None:
@@ -111,7 +111,7 @@ def test_a_chat_goes_on(visit: Visiting, served: Served) -> None:
     page = tab.page
     page.get_by_label("Chat", exact=True).check()
     keep_seed(page, 1)
-    field(page, "max_new_tokens", 30)
+    field(page, "max_new_tokens", 16)
     page.get_by_label("Message 1", exact=True).fill("Good night.")
     first = generate(page)
     assert first == served.ask(asked(tab))["outputs"][0]["text"]

@@ -18,7 +18,7 @@ def test_two_settings_side_by_side(visit: Visiting, served: Served) -> None:
     tab = visit()
     page = tab.page
     keep_seed(page, 9)
-    field(page, "max_new_tokens", 30)
+    field(page, "max_new_tokens", 16)
     page.locator("#compare").check()
     page.get_by_label("Settings B", exact=True).check()
     page.locator("[data-preset=greedy]").click()
@@ -46,7 +46,7 @@ def test_the_copied_code_runs(visit: Visiting, served: Served) -> None:
     prompt = "It's “so” \\ $HOME `x`\n\t🌙 the fox's"
     page.get_by_label("Prompt: a text to go on with").fill(prompt)
     keep_seed(page, 7)
-    field(page, "max_new_tokens", 30)
+    field(page, "max_new_tokens", 16)
     field(page, "stop", "never'said")
     page.locator("#parameter-ignore_eos").check()
     text = generate(page)

@@ -4,6 +4,8 @@ import { element } from "./dom.js";
 import { count, filterName, percent, visible } from "./words.js";
 
 const FEW = 10;
+// So many letters have room on the line of a draw, at its least width.
+const LINE_LETTERS = 38;
 const SCALES = [0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1];
 
 const share = (value) => `${(value * 100).toFixed(3)}%`;
@@ -128,7 +130,8 @@ function lineParts({ candidates, id, r, K }) {
     segment.style.setProperty("left", share(first));
     segment.style.setProperty("width", share(end - first));
     segment.title = `${visible(one.text)}  ${percent(end - first)}`;
-    if (end - first > 0.09) segment.append(visible(one.text));
+    const text = visible(one.text);
+    if ((end - first) * LINE_LETTERS > text.length) segment.append(text);
     return segment;
   });
   const marker = element("span", { class: "point" });
