@@ -67,7 +67,7 @@ def test_the_next_token_follows_the_sliders(visit: Visiting, served: Served) -> 
     tab = visit()
     page = tab.page
     base = {"prompt": PROMPT, "max_new_tokens": 1, "explain": 20, "repetition_penalty": 1, "top_p": 1, "typical_p": 1}
-    base["seed"] = int(page.locator("#seed").input_value())  # a drawn token beyond the twenty is shown, too
+    base["seed"] = 1
     for preset, weighing in (
         ("greedy", (0, 0, 1, 0, 1)),
         ("plain", (1, 0, 1, 0, 1)),
@@ -77,7 +77,7 @@ def test_the_next_token_follows_the_sliders(visit: Visiting, served: Served) -> 
         settle(page)
         body = base | dict(zip(WEIGHING, weighing, strict=True))
         draw = served.ask(body)["outputs"][0]["explain"][0]
-        assert rows(page) == shown(draw)
+        assert rows(page) == shown(draw)[:20], "the token that would be drawn has no place of its own"
     slider = page.get_by_label("Temperature, slider")
     before = rows(page)
     slider.evaluate("slider => { slider.value = 1.9; slider.dispatchEvent(new Event('input')) }")
@@ -86,7 +86,7 @@ def test_the_next_token_follows_the_sliders(visit: Visiting, served: Served) -> 
     settle(page)
     assert rows(page) != before
     body = base | {"temperature": 1.9, "min_p": 0.08}
-    assert rows(page) == shown(served.ask(body)["outputs"][0]["explain"][0])
+    assert rows(page) == shown(served.ask(body)["outputs"][0]["explain"][0])[:20]
     note = page.locator("#inspector .note").inner_text()
     assert re.match(r"The 20 most likely of 3,840 tokens. The other 3,820 together have .+ %, with the settings", note)
     # A kept seed says which one it would be; nothing was generated for all that.

@@ -4,8 +4,8 @@ import { apiKey } from "./api.js";
 import { CodeDialog } from "./code.js";
 import { Controls } from "./controls.js";
 import { byId, element, segmented } from "./dom.js";
-import { Inspector, tailOf, tokenBox } from "./inspector.js";
-import { ASKED, NextToken } from "./next.js";
+import { ASKED, Inspector, tailOf, tokenBox } from "./inspector.js";
+import { NextToken } from "./next.js";
 import { OutputView } from "./output.js";
 import { runFigures, showServer } from "./panel.js";
 import { PRESETS, differences, neutral, presetOf, toRequest, withPreset } from "./parameters.js";
@@ -46,7 +46,13 @@ const next = new NextToken(
   (drawing) => {
     if (opened) return;
     const drawn = byId("keep").checked && drawing.source === "server";
-    inspector.show({ ...drawing, id: drawn ? drawing.id : undefined, r: drawn ? drawing.r : undefined });
+    if (drawn) inspector.show(drawing);
+    else {
+      // Nothing is drawn yet, so that no token is shown for having been.
+      const candidates = drawing.candidates.slice(0, ASKED);
+      const tail = drawing.source === "server" ? tailOf(candidates) : drawing.tail;
+      inspector.show({ ...drawing, candidates, tail, id: undefined, r: undefined });
+    }
     const words = [`What would follow the prompt${comparing ? ` with settings ${editing}` : ""}, before anything is generated. `];
     if (!drawing.exact) words.push(element("span", { class: "estimate" }, "An estimate while the server is asked."));
     else if (drawn) words.push("With seed ", element("strong", {}, String(seed())), " it would be ", tokenBox(drawing.candidates.find(({ id }) => id === drawing.id).text), ".");

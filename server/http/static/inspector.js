@@ -3,9 +3,11 @@
 import { element } from "./dom.js";
 import { count, filterName, percent, visible } from "./words.js";
 
+/** How many candidates of a draw are asked for. */
+export const ASKED = 20;
 const FEW = 10;
 // So many letters have room on the line of a draw, at its least width.
-const LINE_LETTERS = 38;
+const LINE_LETTERS = 44;
 const SCALES = [0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1];
 
 const share = (value) => `${(value * 100).toFixed(3)}%`;
@@ -113,7 +115,8 @@ function fillRow(row, candidate, scale, drawn) {
 function restWords({ candidates, tail, exact, vocabulary }, explained) {
   const others = vocabulary - candidates.length;
   const mass = Math.max(0, 1 - candidates.reduce((sum, one) => sum + one.probability, 0));
-  const words = [`The ${count(candidates.length)} most likely of ${count(vocabulary)} tokens. `];
+  const drawn = candidates.length > ASKED ? ", and the one drawn" : "";
+  const words = [`The ${count(candidates.length - (drawn ? 1 : 0))} most likely of ${count(vocabulary)} tokens${drawn}. `];
   const before = `The other ${count(others)} together have ${percent(mass)}`;
   words.push(explained ? `${before}, with the settings ${exact ? "" : "about "}${percent(tail)}.` : `${before}.`);
   return words;

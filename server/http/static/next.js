@@ -5,9 +5,8 @@
 
 import { ApiError, postJson } from "./api.js";
 import { canRecompute, recompute } from "./filters.js";
-import { tailOf } from "./inspector.js";
+import { ASKED, tailOf } from "./inspector.js";
 
-export const ASKED = 20;
 const PAUSE = 120;
 
 /** The request for one draw and its explanation. Nothing that ends a text has a say in it. */
@@ -55,7 +54,8 @@ export class NextToken {
     try {
       const answer = await postJson("/generate", questionOf(body));
       const [draw] = answer.outputs[0].explain;
-      this.known = { prompt, candidates: draw.candidates };
+      // One more is the token drawn, where it is not among the most likely.
+      this.known = { prompt, candidates: draw.candidates.slice(0, ASKED) };
       if (this.wanted === question) {
         this.wanted = null;
         const tail = tailOf(draw.candidates);

@@ -171,7 +171,7 @@ export class PromptEditor {
       element("div", { class: "pair heads" }, label(0, "Label of questions"), label(1, "Label of answers"), element("span")),
       ...pairs,
       element("div", { class: "pair asked" }, textarea(examples.question, "The question", 1, change((value) => (examples.question = value))),
-        element("span", { class: "note" }, "← its answer is wanted"), element("span")),
+        element("span", { class: "note" }, "whose answer is wanted"), element("span")),
       element("div", { class: "row" }, element("button", { type: "button", class: "quiet", click: add }, "Add an example"),
         element("label", { class: "check" }, turns, "as turns of a chat")),
       element("details", { class: "preview" }, element("summary", {}, "The prompt that is made"), preview),
