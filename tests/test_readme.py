@@ -65,6 +65,8 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("name", ["api", "design", "sampling", "planner", "kernels", "cpu", "quantization"])
+@pytest.mark.parametrize(
+    "name", ["api", "design", "sampling", "planner", "kernels", "cpu", "quantization", "playground"]
+)
 def test_every_page_is_linked(name: str) -> None:
     assert f"docs/{name}.md" in README

@@ -21,8 +21,9 @@ from server.http.limits import Limits
 from server.http.openai.calls import read_chat, read_completion
 from server.http.openai.schemas import ChatBody, CompletionBody
 from server.http.openapi import documentation_page, openapi_document
+from server.http.page import PageFile, page_files
 from server.http.plan import PlanBody, PlanRoute, PlanService
-from server.http.routes import CHAT, COMPLETIONS, MODELS, find_route, not_found
+from server.http.routes import CHAT, COMPLETIONS, MODELS, PAGE, find_route, not_found
 from server.http.schemas import GenerateBody
 from server.http.sse import encode_json
 from server.http.tokens import DetokenizeBody, TokenizeBody, TokenService, detokenize, tokenize
@@ -37,13 +38,14 @@ _NAMES = frozenset().union(
 )
 # No client sees it: the log's and the metrics' way to say that the client left before an answer, as in nginx.
 _CLIENT_GONE = 499
-_PAGE_HEADERS = {
+_DOCUMENTATION_HEADERS = {
     "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
 }
 # Of the requests that get 429 so many a second are logged; the next line says how many were not.
 _REFUSAL_LINES_A_SECOND = 10
-_PROBES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+# They come every second and say what the metrics say too; a page has many files.
+_NOT_LOGGED = frozenset({"/livez", "/readyz", "/health", "/metrics", PAGE})
 
 
 class AppService(TokenService, PlanService, Protocol):
@@ -173,9 +175,17 @@ def create_app(
         body, content_type = metrics.render(request.headers.get("accept"))
         return Response(body, headers={"content-type": content_type})
 
+    def page(path: str, file: PageFile) -> None:
+        @app.api_route(path, methods=["GET", "HEAD"], response_model=None)
+        async def page_file(request: Request) -> Response:
+            return file.answer(request.headers)
+
+    for path, file in page_files().items():
+        page(path, file)
+
     if documented:
         document = openapi_document(limits, keys is not None)
-        page = documentation_page(document)
+        documentation = documentation_page(document)
 
         @app.api_route("/openapi.json", methods=["GET", "HEAD"], response_model=None)
         async def openapi() -> Response:
@@ -183,7 +193,7 @@ def create_app(
 
         @app.api_route("/docs", methods=["GET", "HEAD"], response_model=None)
         async def docs() -> Response:
-            return Response(page, headers=_PAGE_HEADERS, media_type="text/html")
+            return Response(documentation, headers=_DOCUMENTATION_HEADERS, media_type="text/html")
 
     return app
 
@@ -273,8 +283,8 @@ class Observer:
             seconds = time.perf_counter() - began
             route = find_route(scope.get("raw_path") or b"") or "other"
             self._metrics.http_request(route, scope["method"], status or _CLIENT_GONE, seconds)
-            # Probes come every second and say what the metrics say too; refusals may come by the thousand.
-            level = logging.DEBUG if route in _PROBES else logging.INFO
+            # Refusals may come by the thousand.
+            level = logging.DEBUG if route in _NOT_LOGGED else logging.INFO
             wanted = request_log.isEnabledFor(level)
             if wanted and status == 429:
                 left_out = self._refusals.line(began)

@@ -32,13 +32,24 @@ DOCUMENTATION: dict[str, str | None] = {"/docs": INFER, "/openapi.json": INFER}
 ROUTES = tuple(ROLE_OF)
 GENERATING = ("/generate", COMPLETIONS, CHAT)
 
+# The page and its files. They are open: they are the same everywhere, and what the page asks for, it asks with a key.
+PAGE = "/"
+PAGE_FILES = (
+    *("style.css", "icon.svg"),
+    *("app.js", "api.js", "code.js", "controls.js", "dom.js", "filters.js", "inspector.js", "next.js", "output.js"),
+    *("panel.js", "parameters.js", "prompt.js", "run.js", "server.js", "snippets.js", "words.js"),
+)
+PAGE_PATHS = {PAGE: "index.html", **{f"/static/{name}": name for name in PAGE_FILES}}
+
 # The one route with a part that varies. A model's name may hold a slash, and clients encode it or do not.
 _ONE_MODEL = MODELS + "/"
 
 
 def find_route(raw_path: bytes, documented: bool = False) -> str | None:
-    """The route of a path as it was sent; None if there is none."""
+    """The route of a path as it was sent; None if there is none. All files of the page are one route, the page."""
     path = raw_path.decode("latin-1")
+    if path in PAGE_PATHS:
+        return PAGE
     if path in ROLE_OF or (documented and path in DOCUMENTATION):
         return path
     return MODELS if path.startswith(_ONE_MODEL) and len(path) > len(_ONE_MODEL) else None
@@ -46,6 +57,8 @@ def find_route(raw_path: bytes, documented: bool = False) -> str | None:
 
 def role_of(route: str) -> str | None:
     """The role that a route needs; None if it is open."""
+    if route == PAGE:
+        return None
     return ROLE_OF[route] if route in ROLE_OF else DOCUMENTATION[route]
 
 

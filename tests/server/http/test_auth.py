@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from server.http.routes import ROLE_OF
+from server.http.routes import PAGE_PATHS, ROLE_OF
 from server.keys import create_key
 from tests.server.http.conftest import LIMITS
 from tests.server.http.scripted import ServerThread, endless
@@ -83,9 +83,20 @@ def spellings(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_without_a_key_nothing_but_the_probes_answers(locked: Locked, method: str) -> None:
+def test_without_a_key_nothing_but_the_probes_and_the_page_answers(locked: Locked, method: str) -> None:
     """Whatever is written where a path belongs: no route is reached, none can be told from one that does not exist."""
-    paths = ["/", "/docs", "/openapi.json", "/v1/models/tiny", "/nothing", "*", "http://livez/generate"]
+    paths = [
+        "/docs",
+        "/openapi.json",
+        "/v1/models/tiny",
+        "/nothing",
+        "*",
+        "http://livez/generate",
+        "//",
+        "/%2e",
+        "/index.html",
+    ]
+    paths += ["/static/", "/static/../info", "/static/%2e%2e/app.js", "/static/app.py", *spellings("/static/app.js")]
     for route in ROLE_OF:
         paths += spellings(route)
         if route not in OPEN:
@@ -104,6 +115,14 @@ def test_without_a_key_nothing_but_the_probes_answers(locked: Locked, method: st
         refused = refused or answer.body
         assert answer.body == refused, "the answer tells nothing of the path"
     assert locked.service.seen == []
+
+
+@pytest.mark.parametrize("path", PAGE_PATHS)
+def test_the_page_is_open_and_holds_nothing_of_this_server(locked: Locked, path: str) -> None:
+    answer = ask(locked, get(path))
+    assert answer.status == 200
+    assert b"tiny" not in answer.body, "the name of the model"
+    assert ask(locked, get(path, "POST")).status == 405
 
 
 @pytest.mark.parametrize("path", OPEN)
