@@ -83,6 +83,7 @@ ENV PATH=/opt/loadtest/bin:$PATH PYTHONPATH=/opt/stet
 WORKDIR /opt/stet
 COPY --from=build-loadtest /opt/loadtest /opt/loadtest
 COPY loadtests/ loadtests/
+COPY server/ server/
 EXPOSE 8089
 ENTRYPOINT ["locust"]
 CMD ["-f", "loadtests/locust/locustfile.py", "--host", "http://server:8000"]
