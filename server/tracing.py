@@ -1,9 +1,9 @@
 """Spans of every request, sent to an OpenTelemetry collector (OTLP over HTTP). Imported only where it is asked for.
 
 A request is one span, a child of the caller's `traceparent` if it sent one, with a child for each phase: admission,
-queue, prefill, decode, detokenize. They are made from the times that the request's Job keeps anyway, once it has ended:
-nothing is done a token but to measure how long its text took. Sampling, the service's name and the exporter's headers are
-set with OpenTelemetry's own variables (OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, OTEL_EXPORTER_OTLP_HEADERS, …).
+queue, prefill, decode, detokenize. They are made from the times that the request's Job keeps anyway, once it has
+ended: nothing is done a token but to measure how long its text took. Sampling, the service's name and the exporter's
+headers are set with OpenTelemetry's own variables (OTEL_TRACES_SAMPLER, OTEL_SERVICE_NAME, …).
 
 Attributes hold counts, sizes and reasons; never a prompt or an output.
 """
@@ -73,7 +73,10 @@ class Trace:
         self._tracer = tracer
         self._request = request
         self._began = began
-        self._span = tracer.start(f"POST {endpoint}", tracer.context_of(request.traceparent), began, SpanKind.SERVER)
+        # One difference of the clocks for all of its spans, so that they touch.
+        self._offset = tracer.offset()
+        context = tracer.context_of(request.traceparent)
+        self._span = tracer.start(f"POST {endpoint}", context, self._wall(began), SpanKind.SERVER)
         self._span.set_attribute("http.route", endpoint)
 
     def job(self, metrics: Metrics) -> TracedJob:
@@ -103,13 +106,17 @@ class Trace:
             span.set_attribute("gen_ai.usage.cache_read.input_tokens", usage.cached_tokens)
             context = set_span_in_context(span)
             for name, began, ended in job.phases():
-                self._tracer.start(name, context, began).end(self._tracer.wall(ended))
+                self._tracer.start(name, context, self._wall(began)).end(self._wall(ended))
             if job.text_span is not None:
-                text = self._tracer.start("detokenize", context, job.text_span[0])
+                text = self._tracer.start("detokenize", context, self._wall(job.text_span[0]))
                 # The span is as long as the stream; this much of it was work.
                 text.set_attribute("stet.busy_seconds", job.text_seconds)
-                text.end(self._tracer.wall(job.text_span[1]))
-        span.end(self._tracer.wall(now))
+                text.end(self._wall(job.text_span[1]))
+        span.end(self._wall(now))
+
+    def _wall(self, moment: float) -> int:
+        """A moment of the service's clock in nanoseconds since 1970."""
+        return self._offset + int(moment * 1e9)
 
 
 class Tracer:
@@ -142,13 +149,13 @@ class Tracer:
         # Given an empty context: else what this thread happens to be in would be the parent.
         return self._propagator.extract({"traceparent": traceparent}, Context()) if traceparent else Context()
 
-    def start(self, name: str, context: Context, began: float, kind: SpanKind = SpanKind.INTERNAL) -> Span:
-        """A span that began at `began` on the service's clock."""
-        return self._tracer.start_span(name, context, kind, start_time=self.wall(began))
+    def start(self, name: str, context: Context, began: int, kind: SpanKind = SpanKind.INTERNAL) -> Span:
+        """A span that began so many nanoseconds after 1970."""
+        return self._tracer.start_span(name, context, kind, start_time=began)
 
-    def wall(self, moment: float) -> int:
-        """A moment of the service's clock in nanoseconds since 1970."""
-        return time.time_ns() - int((self._clock() - moment) * 1e9)
+    def offset(self) -> int:
+        """What a moment of the service's clock, in nanoseconds, is short of the time since 1970."""
+        return time.time_ns() - int(self._clock() * 1e9)
 
     def close(self) -> None:
         """Send what is left. Blocks, for as long as an export may take."""
