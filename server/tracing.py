@@ -29,7 +29,7 @@ from server.metrics import Metrics
 from server.version import VERSION
 
 # A collector that does not answer must not hold up the end of the server.
-_EXPORT_SECONDS = 5
+_EXPORT_SECONDS = 3
 # The endings that are a fault of the server.
 _FAULTS = ("error", "internal", "engine_restarting")
 
