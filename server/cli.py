@@ -30,6 +30,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _BACKLOG = 2048
 _MAX_SOCKETS = 65536
 _PROGRESS_SECONDS = 0.1
+_PROGRESS_LOG_SECONDS = 5.0
 
 
 def main(arguments: Sequence[str] | None = None, *, engine_command: Sequence[str] | None = None) -> int:
@@ -257,6 +258,7 @@ def _serve(flags: argparse.Namespace, command: Sequence[str] | None, began: floa
     try:
         settings = resolve(vars(flags), os.environ)
         _check_keys(settings)
+        _check_tracing(settings)
         sock = open_socket(settings)
         try:
             process = spawn_engine(settings.engine_config(), command)
@@ -295,6 +297,23 @@ def _check_keys(settings: Settings) -> None:
         parse_keys(read_keys(Path(settings.api_keys)))
     except KeysError as error:
         raise ConfigError(f"--api-keys {settings.api_keys}: {error}") from None
+
+
+def _check_tracing(settings: Settings) -> None:
+    """Refuse to trace without what it needs, before anything is started. Raises ConfigError."""
+    if settings.otlp_endpoint is None:
+        return
+    import importlib.util
+
+    from server.config import ConfigError
+
+    wanted = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
+    try:
+        missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    except ModuleNotFoundError as error:  # a package above it
+        missing = [str(error.name)]
+    if missing:
+        raise ConfigError(f"--otlp-endpoint needs {missing[0]}, which is not installed: install Stet with [tracing]")
 
 
 def _fail(message: str, code: int) -> int:
@@ -368,8 +387,14 @@ async def _serve_until_stopped(
     except KeysError as error:  # it has changed since it was checked
         raise ConfigError(f"--api-keys {settings.api_keys}: {error}") from None
     spent = (lambda tenant, tokens: None) if keys is None else keys.spend
+    tracer = None
+    if settings.otlp_endpoint is not None:
+        # Here, because it takes a third of a second, and most servers do without.
+        from server.tracing import Tracer
+
+        tracer = Tracer(settings.otlp_endpoint)
     service_settings = ServiceSettings(max_waiting=settings.max_waiting, default_deadline_ms=settings.deadline_ms)
-    service = Service(supervisor, metrics, service_settings, spent=spent)
+    service = Service(supervisor, metrics, service_settings, spent=spent, tracer=tracer)
     server = HttpServer(create_app(service, metrics, keys=keys, documented=settings.docs), metrics, sock)
 
     stop = asyncio.Event()
@@ -377,7 +402,7 @@ async def _serve_until_stopped(
     await service.start()
     serving = await server.start()
     watching = None if keys is None else asyncio.create_task(keys.watch(), name="api-keys")
-    starting = asyncio.create_task(_announce(sock, service, supervisor, began, as_text))
+    starting = asyncio.create_task(_announce(sock, service, supervisor, began, as_text, keys is not None))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({serving, starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -397,6 +422,8 @@ async def _serve_until_stopped(
                 task.cancel()
         await server.stop()
         await service.stop()
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
     return EXIT_OK
 
 
@@ -414,49 +441,86 @@ def _take_signals(stop: asyncio.Event) -> None:
         loop.add_signal_handler(number, on_signal, number)
 
 
-async def _announce(sock: socket.socket, service: Service, supervisor: Supervisor, began: float, as_text: bool) -> None:
+async def _announce(
+    sock: socket.socket, service: Service, supervisor: Supervisor, began: float, as_text: bool, with_keys: bool
+) -> None:
     """Show how the start goes, and what is served once it is. Raises EngineFailed."""
     import asyncio
     import logging
 
-    show = asyncio.create_task(_show_progress(supervisor)) if sys.stderr.isatty() else None
+    # A line that is rewritten would be noise in a log file, and JSON must stay JSON.
+    on_terminal = as_text and sys.stderr.isatty()
+    show = asyncio.create_task(_show_progress(supervisor) if on_terminal else _log_progress(supervisor))
     try:
         await service.ready()
         ready = await supervisor.wait_ready()
     finally:
-        if show is not None:
-            show.cancel()
+        show.cancel()
+        if on_terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     host, port = sock.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     seconds = time.monotonic() - began
     if as_text:
-        print(summary(ready, url, seconds), file=sys.stderr, flush=True)
+        print(summary(ready, url, seconds, with_keys), file=sys.stderr, flush=True)
         return
-    fields = {"url": url, "model": ready.identity.model, "startup_seconds": round(seconds, 3)}
+    identity = ready.identity
+    fields = {
+        "url": url,
+        "model": identity.model,
+        "dtype": identity.dtype,
+        "kv_cache_dtype": identity.kv_cache_dtype,
+        "quantization": identity.quantization,
+        "device": identity.device,
+        "context_length": ready.max_model_len,
+        "max_running": ready.max_running,
+        "memory_bytes": ready.memory_bytes,
+        "api_keys": with_keys,
+        "startup_seconds": round(seconds, 3),
+    }
     logging.getLogger("stet").info("ready", extra={"fields": fields})
 
 
+def _progress_line(supervisor: Supervisor) -> str:
+    """The phase of the start, what it does, and how far it is."""
+    progress = supervisor.progress
+    if progress is None:
+        return "starting the engine"
+    share = "" if progress.fraction is None else f" {progress.fraction:4.0%}"
+    return f"{progress.phase}: {progress.message}{share}"
+
+
+async def _log_progress(supervisor: Supervisor) -> None:
+    """A log line every few seconds, where nobody sees a line rewritten. A quick start has none."""
+    import asyncio
+    import logging
+
+    while True:
+        await asyncio.sleep(_PROGRESS_LOG_SECONDS)
+        progress = supervisor.progress
+        fields: dict[str, object] = {}
+        if progress is not None:
+            fields = {"phase": progress.phase, "what": progress.message}
+            if progress.fraction is not None:
+                fields["done"] = round(progress.fraction, 3)
+        logging.getLogger("stet").info("starting", extra={"fields": fields})
+
+
 async def _show_progress(supervisor: Supervisor) -> None:
-    """One line on the terminal, rewritten: the phase, what it does, and how far it is."""
+    """One line on the terminal, rewritten."""
     import asyncio
 
     shown = ""
     while True:
-        progress = supervisor.progress
-        if progress is None:
-            line = "starting the engine"
-        else:
-            share = "" if progress.fraction is None else f" {progress.fraction:4.0%}"
-            line = f"{progress.phase}: {progress.message}{share}"
+        line = _progress_line(supervisor)
         if line != shown:
             print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
             shown = line
         await asyncio.sleep(_PROGRESS_SECONDS)
 
 
-def summary(ready: Ready, url: str, seconds: float) -> str:
-    """What is served and how to try it, for a person."""
+def summary(ready: Ready, url: str, seconds: float, with_keys: bool = False) -> str:
+    """What is served and how to try it, for a person. with_keys: whether an API key is asked for."""
     from server.version import VERSION
 
     identity = ready.identity
@@ -473,18 +537,26 @@ def summary(ready: Ready, url: str, seconds: float) -> str:
         "context": f"{ready.max_model_len:,} tokens, up to {ready.max_running} requests at once",
         "KV cache": f"{ready.num_blocks:,} blocks of {ready.block_size} tokens ({tokens:,} tokens)",
         "memory": memory,
+        "API keys": "needed" if with_keys else "none: for this machine, or a network that is trusted",
         "started in": f"{seconds:.1f} s ({phases})",
     }
+    key = ' -H "Authorization: Bearer $KEY"' if with_keys else ""
     lines = [f"Stet {VERSION} serves {identity.model} on {url}", ""]
     lines += [f"  {name:<14}{value}" for name, value in rows.items()]
     lines += [
         "",
         "Try it:",
-        f"  curl {url}/generate -H 'Content-Type: application/json' \\",
+        f"  curl {url}/generate{key} -H 'Content-Type: application/json' \\",
         """    -d '{"prompt": "Once upon a time", "max_new_tokens": 60}'""",
+        f"OpenAI's clients: base_url {url}/v1, model {_served_name(identity.model)}; metrics: {url}/metrics",
         "",
     ]
     return "\n".join(lines)
+
+
+def _served_name(model: str) -> str:
+    """What requests call it: of a folder, its name alone."""
+    return os.path.basename(os.path.realpath(model)) if os.path.isabs(model) or os.path.isdir(model) else model
 
 
 def _size(size: int) -> str:

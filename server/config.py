@@ -91,6 +91,12 @@ def _text(text: str) -> str:
     return text
 
 
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[^\s/]+(/\S*)?", text) or not text.isprintable():
+        raise ValueError("a URL such as http://127.0.0.1:4318")
+    return text
+
+
 def _switch(text: str) -> bool:
     if text.lower() in _TRUE:
         return True
@@ -167,6 +173,9 @@ class Settings:
     drain_timeout: float = _setting(30.0, _seconds, "time for running requests to finish after SIGTERM", "SECONDS")
     max_crashes_per_minute: int = _setting(
         3, integer(1, 1000), "so many engine crashes within a minute, and it is not started again", "COUNT"
+    )
+    otlp_endpoint: str | None = _setting(
+        None, _url, "collector to send traces to, by OTLP over HTTP, such as http://127.0.0.1:4318", "URL", "none"
     )
     log_format: str = _setting(
         "", choice("json", "text"), "log lines: json or text", "FORMAT", "text on a terminal, else json"

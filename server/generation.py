@@ -59,7 +59,7 @@ class GenerationRequest:
     Exactly one of prompt, prompt_token_ids, messages is given. The names, ranges and defaults are those of
     docs/api.md; `n` choices are drawn for one prompt; `grammar` is its kind and what was sent; `tools` are as
     OpenAI's chat has them; `tool_choice` is "auto", "required", or "function:" and a name; `chat` tells reasoning and
-    calls from text. `tenant` is who asks (an API key's name, or "").
+    calls from text. `tenant` is who asks (an API key's name, or ""); `traceparent` is its trace's (W3C), or "".
     """
 
     prompt: str | None = None
@@ -104,6 +104,7 @@ class GenerationRequest:
     cache_salt: str = ""
     request_id: str | None = None
     tenant: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,7 @@ class Job:
         self.prompt_tokens = 0
         self.error: str | None = None
         self.refused = False
+        self.exemplar: dict[str, str] | None = None  # of the latencies' histograms, where requests are traced
         self._request = request
         self._metrics = metrics
         self._began = began
@@ -203,13 +204,13 @@ class Job:
         before = choice.last_at
         choice.last_at = self._last_at = arrival.last_at
         if before is not None:
-            self._metrics.inter_token(arrival.last_at - before, count)
+            self._metrics.inter_token(arrival.last_at - before, count, self.exemplar)
             return
         if self._first_at is None:
             self._first_at, self._first = arrival.first_at, arrival.first
-            self._metrics.first_token(arrival.first_at - self._began)
+            self._metrics.first_token(arrival.first_at - self._began, self.exemplar)
         if count > 1:
-            self._metrics.inter_token(arrival.last_at - arrival.first_at, count - 1)
+            self._metrics.inter_token(arrival.last_at - arrival.first_at, count - 1, self.exemplar)
 
     def prompt_logprobs(self) -> PromptLogprobs | None:
         """Those of the prompt, where they were asked for; whole once there is a first token."""

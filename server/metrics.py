@@ -266,14 +266,14 @@ class Metrics:
         """Tokens computed and not delivered. reason: stop (after a stop string) or abort; pipeline is the engine's."""
         self._discarded.labels(reason).inc(count)
 
-    def first_token(self, seconds: float) -> None:
-        """Time from a request's arrival to its first token."""
-        self._first_token.observe(seconds)
+    def first_token(self, seconds: float, exemplar: dict[str, str] | None = None) -> None:
+        """Time from a request's arrival to its first token. exemplar: labels that name its trace."""
+        self._first_token.observe(seconds, exemplar)
 
-    def inter_token(self, seconds: float, count: int = 1) -> None:
+    def inter_token(self, seconds: float, count: int = 1, exemplar: dict[str, str] | None = None) -> None:
         """`count` tokens arrived `seconds` after the ones before them: each took its share, so the sum stays true."""
         for _ in range(count):
-            self._inter_token.observe(seconds / count)
+            self._inter_token.observe(seconds / count, exemplar)
 
     def request_finished(
         self,
@@ -286,6 +286,7 @@ class Metrics:
         decode: float | None,
         prompt_tokens: int,
         generated_tokens: int,
+        exemplar: dict[str, str] | None = None,
     ) -> None:
         """A request ended, well or badly: called exactly once for each that arrived at an endpoint that generates.
 
@@ -295,17 +296,17 @@ class Metrics:
         self._requests.labels(endpoint, outcome).inc()
         if outcome not in FINISHED:
             return
-        self._duration.observe(duration)
+        self._duration.observe(duration, exemplar)
         self._request_prompt_tokens.observe(prompt_tokens)
         self._request_generated_tokens.observe(generated_tokens)
         if queue is not None:
-            self._queue.observe(queue)
+            self._queue.observe(queue, exemplar)
         if prefill is not None:
-            self._prefill.observe(prefill)
+            self._prefill.observe(prefill, exemplar)
         if decode is not None:
-            self._decode.observe(decode)
+            self._decode.observe(decode, exemplar)
             if generated_tokens > 1:
-                self._time_per_output_token.observe(decode / (generated_tokens - 1))
+                self._time_per_output_token.observe(decode / (generated_tokens - 1), exemplar)
 
     def request_refused(self, endpoint: str, outcome: str) -> None:
         """A request to an endpoint that generates was refused before anybody read what it asks for."""

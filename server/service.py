@@ -48,6 +48,7 @@ from server.version import VERSION
 
 if TYPE_CHECKING:
     from server.metrics import Metrics
+    from server.tracing import Tracer
 
 logger = logging.getLogger("stet.service")
 
@@ -90,10 +91,12 @@ class Service:
         *,
         clock: Callable[[], float] = time.monotonic,
         spent: Callable[[str, int], None] = lambda tenant, tokens: None,
+        tracer: Tracer | None = None,
     ) -> None:
         """supervisor: one that was not started yet; the service starts and stops it. clock: seconds, monotonic.
 
         spent: is told, when a request has ended, its tenant and its tokens, those of the prompt and those delivered.
+        tracer: makes spans of the requests.
         """
         self._supervisor = supervisor
         self._client = EngineClient(supervisor, metrics, clock=clock)
@@ -111,6 +114,7 @@ class Service:
         self._failure: EngineFailed | None = None
         self._draining = False
         self._spent = spent
+        self._tracer = tracer
         self._places_taken = 0
         self._places_of: dict[str, int] = {}
         self._jobs: set[Job] = set()
@@ -318,10 +322,11 @@ class Service:
         mailbox: Mailbox | None = None
         timer: asyncio.TimerHandle | None = None
         reserved = False
+        trace = None if self._tracer is None else self._tracer.begin(request, endpoint, began)
         try:
             ready, text = self._reserve(request)
             reserved = True
-            job = Job(request, began, self._metrics)
+            job = Job(request, began, self._metrics) if trace is None else trace.job(self._metrics)
             self._jobs.add(job)
             preparation = self._preparation_of(ready, text)
             prompt_ids, params = await preparation.resolve(request)
@@ -379,6 +384,8 @@ class Service:
                 # Ended as its choices did; or its reader went away, and GeneratorExit or CancelledError passes by.
                 outcome = job.outcome if job is not None and job.ended else FinishReason.CANCELLED.value
             self._count(endpoint, outcome, job, now - began, now)
+            if trace is not None:
+                trace.end(self._model, outcome, job, now)
 
     async def dry_run(self, request: GenerationRequest, endpoint: str = "/generate") -> DryRun:
         """What a request would be: its parameters, its tokens, and how much of them is cached. Raises Refusal."""
@@ -603,6 +610,7 @@ class Service:
             decode=timings.decode_ms / 1e3 if timings is not None and began else None,
             prompt_tokens=job.prompt_tokens if job is not None else 0,
             generated_tokens=job.num_tokens if job is not None else 0,
+            exemplar=job.exemplar if job is not None else None,
         )
 
 

@@ -97,6 +97,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.metrics",
         "server.generation",
         "server.version",
+        "server.tracing",
+        *ENGINE_WORDS,
+    ),
+    # Imported by the command line alone, and only where traces are asked for; the service knows its type.
+    "server.tracing": (
+        "server.job",
+        "server.client",
+        "server.metrics",
+        "server.generation",
+        "server.version",
         *ENGINE_WORDS,
     ),
     "server.http": (
@@ -134,6 +144,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.logs",
         "server.version",
         "server.text",
+        "server.tracing",
         "server.engine.config",
         "server.engine.messages",
     ),

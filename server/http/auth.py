@@ -57,12 +57,14 @@ def caller_of(scope: Mapping[str, Any]) -> Caller:
 
 
 def sign(scope: Mapping[str, Any], request: GenerationRequest) -> GenerationRequest:
-    """The request with its tenant: the key that sent it. Raises HttpError (403) for what its roles do not allow."""
+    """The request with its tenant, the key that sent it, and its trace. Raises HttpError (403) for what its roles do
+    not allow."""
     caller = caller_of(scope)
     if request.priority > 0 and not caller.is_admin:
         text = "priority above 0 needs an API key with the role admin."
         raise HttpError("forbidden", [Problem("priority", text, request.priority, "an integer from −100 to 0")])
-    return dataclasses.replace(request, tenant=caller.name)
+    traceparent = next((value for name, value in scope["headers"] if name == b"traceparent"), b"")
+    return dataclasses.replace(request, tenant=caller.name, traceparent=traceparent.decode("latin-1"))
 
 
 class KeyRing:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
+import select
 import signal
 import socket
 import subprocess
@@ -17,10 +19,13 @@ from typing import Any
 import httpx
 import pytest
 
+from loadtests.processes import ROOT
 from server.cli import main
 from server.keys import create_key
 from server.version import VERSION
-from tests.server.http.launch import Launched, launched
+from tests.server.harness import command as fake_engine
+from tests.server.harness import model_folder
+from tests.server.http.launch import ENTRY, VOCABULARY, Launched, launched
 from tests.server.http.wire import Connection, post, wait_for
 
 
@@ -286,3 +291,59 @@ def test_with_keys_other_machines_may_come(tmp_path: Path) -> None:
         assert fields.get("key", "second") in ("first", "second")
     assert first not in server.stderr
     assert second not in server.stderr
+
+
+def run_on_a_terminal(**engine: Any) -> str:
+    """What a person sees of a start: `stet serve` with a terminal as its standard error, until it is ready."""
+    command = [sys.executable, "-c", ENTRY, json.dumps(fake_engine(**engine)), "serve", "--port", "0"]
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(command, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True)
+    os.close(theirs)
+    seen = b""
+    try:
+        while b"curl" not in seen and select.select([ours], [], [], 20)[0]:
+            seen += os.read(ours, 65536)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    return seen.decode()
+
+
+def test_a_terminal_shows_the_progress_and_then_the_summary(tmp_path: Path) -> None:
+    options = {"model_path": str(model_folder(tmp_path / "model")), "vocab_size": VOCABULARY, "load_seconds": 0.5}
+    seen = run_on_a_terminal(**options)
+    before, _, after = seen.partition("Stet 0")
+    assert "\r\x1b[Kstarting the engine" in before
+    assert "\n" not in before
+    assert "serves fake on http://127.0.0.1:" in after
+
+
+def test_where_there_is_no_terminal_a_long_start_is_logged(tmp_path: Path) -> None:
+    entry = ENTRY.replace("import json, sys", "import json, sys, server.cli\nserver.cli._PROGRESS_LOG_SECONDS = 0.1")
+    command = [sys.executable, "-c", entry, json.dumps(fake_engine(load_seconds=30.0)), "serve", "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--log-format", "json"], stderr=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    )
+    try:
+        assert process.stderr is not None
+        lines = [json.loads(process.stderr.readline()) for _ in range(2)]
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert [line["event"] for line in lines] == ["starting", "starting"]
+
+
+def test_the_summary_says_how_to_call_it(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    key = create_key(keys, "me", ["infer"], {})
+    with launched(tmp_path, "--log-format", "text", "--api-keys", str(keys)) as server:
+        wait_for(lambda: "OpenAI" in server.stderr)
+        shown = re.search(r"curl (?:.|\n)*?}'", server.stderr)
+        assert shown is not None
+        done = subprocess.run(["sh", "-c", f"KEY={key}; {shown[0]}"], capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["usage"]["completion_tokens"] == 60
+        name = re.search(r"base_url (\S+), model (\S+);", server.stderr)
+        assert name is not None
+        headers = {"authorization": f"Bearer {key}"}
+        assert server.client.get(f"{name[1]}/models/{name[2]}", headers=headers).status_code == 200
