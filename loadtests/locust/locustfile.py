@@ -56,9 +56,10 @@ def _add_flags(parser: LocustArgumentParser) -> None:
 
 def options_of(environment: Environment) -> Namespace:
     """The flags. Raises RuntimeError where locust has parsed none, as when it is used as a library."""
-    if environment.parsed_options is None:
+    options: Namespace | None = environment.parsed_options
+    if options is None:
         raise RuntimeError("this locustfile needs locust's command line")
-    return environment.parsed_options
+    return options
 
 
 def scenario_of(environment: Environment) -> Scenario:
