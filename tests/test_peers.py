@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
@@ -237,6 +238,21 @@ def test_the_stalls_are_drawn_where_their_values_say() -> None:
     assert circles[1][0] - circles[0][0] == pytest.approx(circles[2][0] - circles[1][0], abs=0.2)  # both doubled
     assert circles[0][1] < circles[1][1] < circles[2][1]  # higher values stand higher
     assert {"16", "64", "aim: 3"} < {text.text for text in root.iter(f"{name}text")}
+
+
+def test_the_saturation_is_drawn_from_its_cells() -> None:
+    from loadtests import saturation
+
+    result = json.loads((saturation.RESULTS / "2026-11-24-saturation.json").read_text())
+    cells = result["cells"]
+    root = ElementTree.fromstring(saturation.plot(cells, ["a note"]))
+    # Throughput, and median and 99th percentile of two times.
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == 5 * len(cells)
+    page = (saturation.RESULTS / "2026-11-24-saturation.md").read_text()
+    assert all(" | ".join(map(str, saturation.row(cell).values())) in page for cell in cells)
+    failed = cells[0] | {"latency_s": {key: {"count": 0} for key in ("ttft", "inter_token")}}
+    assert saturation.row(failed)["TTFT ms, p50 / p99"] == "–"
+    assert saturation.plot([failed], [])
 
 
 def test_streams_are_timed_beside_a_long_prompt(tiny: Path) -> None:

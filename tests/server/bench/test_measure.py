@@ -107,6 +107,16 @@ def test_waiting_counts_from_when_a_request_was_due() -> None:
     assert run.records[-1].first > 0.35
 
 
+def test_a_client_that_sends_late_does_not_flatter_the_server() -> None:
+    late = Record(scheduled=1.0, sent=1.5, ended=2.25)
+    late.times.append(2.0)
+    result = summarize(Run([late], Health(), 3.0), Limits(ttft=0.9))
+    assert result["latency_s"]["ttft"]["max"] == 1.0
+    assert result["latency_s"]["whole_request"]["max"] == 1.25
+    assert result["rates"]["good_share"] == 0.0
+    assert result["client"]["sent_late_max_s"] == 0.5
+
+
 def test_a_closed_loop_keeps_so_many_open_and_no_more() -> None:
     with scripted(first=0.05, gap=0.005) as url:
         run, log = bench(url, Load(0.5, warmup=0.1, clients=3), tokens=1)

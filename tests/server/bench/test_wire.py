@@ -99,6 +99,9 @@ def test_arrivals_have_their_rate_and_their_law() -> None:
     assert statistics.stdev(gaps) == pytest.approx(0.02, rel=0.05)
     assert sum(gap > 0.02 for gap in gaps) / len(gaps) == pytest.approx(1 / math.e, abs=0.02)
     assert times == list(arrivals("poisson", 50.0, 200.0, random.Random(1)))
+    firsts = [next(iter(arrivals("poisson", 50.0, 200.0, random.Random(seed)))) for seed in range(1_000)]
+    assert statistics.mean(firsts) == pytest.approx(0.02, rel=0.15)
+    assert statistics.stdev(firsts) == pytest.approx(0.02, rel=0.15)
 
 
 def test_lengths_are_those_that_the_help_promises() -> None:
