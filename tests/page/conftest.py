@@ -56,20 +56,26 @@ class Served:
 
 
 @pytest.fixture(scope="package")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The server on its way: the browser starts meanwhile."""
+    if CHROMIUM is None:
+        reason = "needs Chromium: apt-get install chromium"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
     folder = tmp_path_factory.mktemp("page")
     keys = folder / "keys.toml"
     admin, infer = (create_key(keys, role, [role], {}) for role in ("admin", "infer"))
     with running_server([*PLACES, "--api-keys", str(keys)], log=folder / "log") as server:
-        server.wait_ready()
         yield Served(server, admin, infer)
 
 
 @pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        reason = "needs Chromium: apt-get install chromium"
-        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+def served(started: Served, browser: Browser) -> Served:
+    started.server.wait_ready()
+    return started
+
+
+@pytest.fixture(scope="package")
+def browser(started: Served) -> Iterator[Browser]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser

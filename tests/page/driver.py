@@ -51,13 +51,14 @@ def percent(value: float) -> str:
 
 def rows(page: Page) -> list[list[str]]:
     """The candidates as they are shown: the model's share, and the settings' or what removed it."""
-    page.locator("#inspector .under button").click()  # all of them
+    more = page.locator("#inspector .under button")
+    if "all" in (more.text_content() or ""):
+        more.click()
     # What is written for those who hear the page only is left out.
     script = """rows => rows.map(row => [...row.querySelectorAll("td")].slice(1).map(
       cell => (cell.querySelector(".cut")?.lastChild ?? cell).textContent
     ))"""
     found: list[list[str]] = page.locator("#inspector tbody tr").evaluate_all(script)
-    page.locator("#inspector .under button").click()
     return found
 
 

@@ -8,7 +8,7 @@ from tests.page.conftest import Served, Visiting, until
 from tests.page.driver import PROMPT, asked, field, generate, keep_seed, text_of
 
 
-def test_each_preset_gives_the_apis_text(visit: Visiting, served: Served) -> None:
+def test_each_preset_gives_the_apis_text_and_a_seed_is_kept(visit: Visiting, served: Served) -> None:
     tab = visit()
     keep_seed(tab.page, 7)
     weighing = {
@@ -32,6 +32,16 @@ def test_each_preset_gives_the_apis_text(visit: Visiting, served: Served) -> Non
         expect(ending).to_contain_text(f"{answer['usage']['completion_tokens']} tokens")
         texts.add(text)
     assert len(texts) > 2
+    # A seed is drawn each time, unless it is kept.
+    field(tab.page, "max_new_tokens", 4)
+    seeds = []
+    for kept in (False, False, True):
+        tab.page.locator("#keep").set_checked(kept)
+        generate(tab.page)
+        seeds.append(asked(tab)["seed"])
+        assert tab.page.locator("#seed").input_value() == str(seeds[-1])
+    assert len({7, *seeds[:2]}) == 3
+    assert seeds[1] == seeds[2]
 
 
 def test_every_control_reaches_the_request(visit: Visiting, served: Served) -> None:
@@ -73,19 +83,6 @@ def test_every_control_reaches_the_request(visit: Visiting, served: Served) -> N
     assert asked(tab) == {"prompt": "The owl said: good night 🌙.", "seed": 11, **numbers, **lists, **flags}
     outputs = served.ask(asked(tab))["outputs"]
     assert [text, page.locator("#output-a .text").nth(1).text_content()] == [one["text"] for one in outputs]
-
-
-def test_a_seed_is_drawn_until_it_is_kept(visit: Visiting) -> None:
-    tab = visit()
-    field(tab.page, "max_new_tokens", 6)
-    seeds = []
-    for kept in (False, False, True):
-        tab.page.locator("#keep").set_checked(kept)
-        generate(tab.page)
-        seeds.append(asked(tab)["seed"])
-        assert tab.page.locator("#seed").input_value() == str(seeds[-1])
-    assert len(set(seeds[:2])) == 2
-    assert seeds[1] == seeds[2]
 
 
 def test_a_stream_can_be_stopped(visit: Visiting, served: Served) -> None:

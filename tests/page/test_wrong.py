@@ -15,7 +15,7 @@ def test_refusals_are_told_in_words(visit: Visiting) -> None:
     page = visit().page
     error = page.locator("#error")
     field(page, "top_p", 0)
-    field(page, "n", 20)
+    field(page, "n", -3)
     page.locator("#generate").click()
     expect(error).to_contain_text("The server refused the request")
     for name in ("top_p", "n"):

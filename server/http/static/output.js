@@ -124,7 +124,9 @@ export class OutputView {
   begin(body) {
     this.body = body;
     this.openToken = null;
-    this.choices = Array.from({ length: body.n ?? 1 }, (_, index) => new Choice(this, index));
+    // A number that the server will refuse makes one, too: there is room for what it says.
+    const number = Math.min(Math.max(1, Math.trunc(body.n ?? 1)), 8);
+    this.choices = Array.from({ length: number }, (_, index) => new Choice(this, index));
     this.root.replaceChildren(...this.choices.map((choice) => choice.root));
     this.root.classList.toggle("several", this.choices.length > 1);
     this.root.classList.add("running");
