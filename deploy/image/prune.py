@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _TORCH = ("test", "include", "share/cmake")
+_TORCH_PROGRAMS = ("bin/test_*", "bin/protoc*", "bin/*_test")
 _WITH_TESTS = ("numpy", "sympy", "networkx", "mpmath")
 
 
@@ -19,7 +20,7 @@ def superfluous(site_packages: Path) -> Iterator[Path]:
     """Folders and files to remove."""
     torch = site_packages / "torch"
     yield from (torch / name for name in _TORCH)
-    yield from (path for path in torch.glob("bin/*") if path.name != "torch_shm_manager")
+    yield from (path for pattern in _TORCH_PROGRAMS for path in torch.glob(pattern))
     for name in _WITH_TESTS:
         yield from (site_packages / name).rglob("tests")
 
