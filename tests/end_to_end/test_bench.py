@@ -55,6 +55,7 @@ def test_bench_says_what_is_wrong_in_a_line() -> None:
         (["http://127.0.0.1:9"], "refused"),
         (["ftp://x"], "is not an address such as"),
         (["http://127.0.0.1:9", "--rate", "0"], "a number above 0"),
+        (["http://127.0.0.1:9", "--duration", "0s"], "a time above 0"),
     ):
         done = stet("bench", *arguments)
         assert done.returncode == 2
