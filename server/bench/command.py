@@ -56,9 +56,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="closed loop: clients that each send their next request when the last one has ended (default: 4)",
     )
     flag("--arrivals", choice(*workload.ARRIVALS), "KIND", "of --rate: poisson (default) or constant", "poisson")
-    flag("--duration", _duration, "TIME", "of the measured time (default: 30s)", 30.0)
+    flag("--duration", _some_time, "TIME", "of the measured time (default: 30s)", 30.0)
     flag("--warmup", _duration, "TIME", "before it, sent and not counted (default: 2s)", 2.0)
-    flag("--timeout", _duration, "TIME", "of one request (default: 600s)", 600.0)
+    flag("--timeout", _some_time, "TIME", "of one request (default: 600s)", 600.0)
 
     shape = "MEDIAN[:SIGMA]"
     prompt, output = workload.SHAREGPT_PROMPT, workload.SHAREGPT_OUTPUT
@@ -66,8 +66,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--prompt-tokens",
         _lengths,
         shape,
-        f"lognormal; without SIGMA all alike (default: {prompt.median:g}:{prompt.sigma:g}, mean {prompt.mean:.0f} as "
-        "in ShareGPT)",
+        f"lognormal; without SIGMA all alike (default: {prompt.median:g}:{prompt.sigma:g}, mean {prompt.mean:.0f}, "
+        "about that of ShareGPT)",
         prompt,
     )
     flag(
@@ -267,6 +267,13 @@ def _duration(value: str) -> float:
         if value.endswith(unit):
             return _number(value.removesuffix(unit), allowed) * factor
     return _number(value, allowed)
+
+
+def _some_time(value: str) -> float:
+    seconds = _duration(value)
+    if seconds == 0:
+        raise ValueError("a time above 0, such as 200ms, 30s, 5m or 1h")
+    return seconds
 
 
 def _lengths(value: str) -> Lengths:

@@ -55,6 +55,7 @@ def test_bench_says_what_is_wrong_in_a_line() -> None:
         (["http://127.0.0.1:9"], "refused"),
         (["ftp://x"], "is not an address such as"),
         (["http://127.0.0.1:9", "--rate", "0"], "a number above 0"),
+        (["http://127.0.0.1:9", "--duration", "0s"], "a time above 0"),
     ):
         done = stet("bench", *arguments)
         assert done.returncode == 2
@@ -99,7 +100,7 @@ def test_locust_measures_and_fails_what_does_not_keep_its_thresholds(server: Run
 
 
 def test_a_short_soak_leaves_nothing_behind() -> None:
-    result = soak.run(4.0, 0.5)
+    result = soak.run(2.5, 0.5)
     # How much memory grows in so short a time says nothing.
     assert [text for text in result["failures"] if "memory" not in text] == []
     assert result["blocks_used"] == 0
