@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,11 @@ def test_the_configuration_and_the_rules_are_good(tmp_path: Path) -> None:
 
 
 def test_the_rules_unit_tests() -> None:
-    promtool("test", "rules", *sorted((files.DEPLOY / "prometheus" / "tests").glob("*.yml")))
+    with ThreadPoolExecutor() as pool:
+        cases = sorted((files.DEPLOY / "prometheus" / "tests").glob("*.yml"))
+        said = list(pool.map(lambda case: promtool("test", "rules", case), cases))
+    assert len(said) == 4
+    assert all("SUCCESS" in each for each in said)
 
 
 def test_every_alert_has_a_unit_test_and_a_page_in_the_runbook() -> None:
