@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from server.engine.books import Entry
 from server.engine.config import SchedulerConfig
 
-# A shared step takes at most so many quarters of the time that the shortest of its tenants' own steps would take alone.
+# A shared step takes at most so many eighths of the time that the shortest of its tenants' own steps would take alone.
 # Far below 2, because a stream also waits for its admission and for the HTTP process, which a flood keeps busy too.
-SLOWDOWN_QUARTERS = 5
+SLOWDOWN_EIGHTHS = 9
 
 # For so many steps after its last one a tenant counts as if it had a stream: who asks one thing after the other does
 # not find a step under way, each time, that has all of a flood in it.
@@ -35,10 +35,10 @@ def step_shares(wanted_ns: Mapping[str, int], base_ns: int) -> dict[str, int]:
     """The nanoseconds of the next step that each tenant may use; `wanted_ns`: what each could use, more than 0.
 
     Each gets as much as the one that wants least, for that is an equal share; beyond that, what keeps the step within
-    SLOWDOWN_QUARTERS of the time that this one's own step would take.
+    SLOWDOWN_EIGHTHS of the time that this one's own step would take.
     """
     least = min(wanted_ns.values())
-    return shared_out(wanted_ns, max(len(wanted_ns) * least, SLOWDOWN_QUARTERS * (base_ns + least) // 4 - base_ns))
+    return shared_out(wanted_ns, max(len(wanted_ns) * least, SLOWDOWN_EIGHTHS * (base_ns + least) // 8 - base_ns))
 
 
 class StepShares:

@@ -194,7 +194,7 @@ class Watch:
             require(sum(costs) <= config.mixed_step_tokens + 1e-9, "prompts beside streams:", costs)
 
     def _check_shares(self, plan: StepPlan, scheduler: Scheduler) -> None:
-        """A flood does not make the step of the others long: it is at most a quarter longer than the shortest of the
+        """A flood does not make the step of the others long: it is at most an eighth longer than the shortest of the
         tenants' own steps, or as long as if each did as much as that one; and what is left out of it belongs to a
         tenant that got as much as any. All but for one row and two tokens a tenant."""
         times, places = self.world.config.step_times, self._places()
@@ -221,7 +221,7 @@ class Watch:
         content = [got[tenant] for tenant in places if tenant not in left_out | catching_up and got[tenant]]
         if content:
             least, base = min(content), times.base_ns
-            bound = max(len(places) * least, 5 * (base + least) / 4 - base) + len(places) * item
+            bound = max(len(places) * least, 9 * (base + least) / 8 - base) + len(places) * item
             require(got.total() <= bound, "one tenant makes the others' step long:", got, bound)
 
     def _check_places(self, scheduler: Scheduler) -> None:
