@@ -65,8 +65,8 @@ class Books(Metrics):
         super().tokens_discarded(reason, count)
         self.discarded[reason] += count
 
-    def inter_token(self, seconds: float, count: int = 1) -> None:
-        super().inter_token(seconds, count)
+    def inter_token(self, seconds: float, count: int = 1, exemplar: dict[str, str] | None = None) -> None:
+        super().inter_token(seconds, count, exemplar)
         self.inter_tokens += count
 
     def request_finished(self, endpoint: str, outcome: str, **numbers: Any) -> None:

@@ -243,7 +243,7 @@ def test_no_http(server: ServerThread, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "//generate", "/generate/", "/v1/embeddings", "/docs", "/openapi.json", "/%2e%2e/x", "*", "/<b>"]
+    "path", ["//", "//generate", "/generate/", "/v1/embeddings", "/docs", "/openapi.json", "/%2e%2e/x", "*", "/<b>"]
 )
 @pytest.mark.parametrize("method", ["GET", "OPTIONS"])
 def test_unknown_route(server: ServerThread, path: str, method: str) -> None:
