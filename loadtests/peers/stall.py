@@ -99,16 +99,19 @@ def intervals(core: EngineCore, streams: Sequence[Request], done: Callable[[], b
 
 def run(folder: Path, quantization: str, rounds: int, threads: int) -> tuple[dict[str, Stall], str]:
     """Measure every setting on one load of the model. Returns the stalls and what the engine says of itself."""
-    config = EngineConfig(
+    settings = EngineConfig(
         model=str(folder), quantization=quantization, threads=threads, kv_cache_bytes=2 << 30, prefix_caching=False
     )
-    engine = build_engine(config)
+    engine = build_engine(settings)
     core, chosen = engine.core, engine.scheduler_config.mixed_step_tokens
     stalls = {setting: Stall(chosen if setting == "auto" else int(setting)) for setting in SETTINGS}
     for number, setting in enumerate(visit.name for visit in visits(SETTINGS, rounds)):
         stall = stalls[setting]
         # The core is idle: a fresh scheduler over the same pool forgets nothing that is needed.
-        core.scheduler = Scheduler(replace(engine.scheduler_config, mixed_step_tokens=stall.tokens))
+        # As with the flag: a number that somebody chose holds all along a prompt.
+        span = engine.scheduler_config.attention_span if setting == "auto" else None
+        config = replace(engine.scheduler_config, mixed_step_tokens=stall.tokens, attention_span=span)
+        core.scheduler = Scheduler(config)
         figures = measure(core, seed=number)
         for values, figure in zip((stall.median, stall.p99, stall.first), figures, strict=True):
             values.append(figure)
