@@ -182,6 +182,8 @@ class Metrics:
             "From a request's headers to the last byte of its answer.",
             labels=("route", "method", "status"),
         )
+        # Found again without the client library's own search, which costs as much as the counting.
+        self._http_series: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
         # Series that exist from the start: a rate over a counter that appears with its first event misses that event.
         for endpoint in ENDPOINTS:
@@ -327,9 +329,15 @@ class Metrics:
 
     def http_request(self, route: str, method: str, status: int, seconds: float) -> None:
         """An answer left the server. `route` is the pattern of a known route, never the path that was sent."""
-        labels = (route, method if method in _METHODS else "other", str(status))
-        self._http_requests.labels(*labels).inc()
-        self._http_duration.labels(*labels).observe(seconds)
+        key = (route, method if method in _METHODS else "other", status)
+        series = self._http_series.get(key)
+        if series is None:
+            labels = (*key[:2], str(status))
+            series = self._http_requests.labels(*labels), self._http_duration.labels(*labels)
+            self._http_series[key] = series
+        count, duration = series
+        count.inc()
+        duration.observe(seconds)
 
     def render(self, accept: str | None) -> tuple[bytes, str]:
         """All metrics as text, and its content type: Prometheus, or OpenMetrics if the Accept header asks for it."""

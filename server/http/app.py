@@ -65,18 +65,25 @@ def create_app(
     limits: Limits | None = None,
     keys: KeyRing | None = None,
     documented: bool = False,
-) -> FastAPI:
+) -> ASGIApp:
     """The ASGI application over a service. Owns nothing: starting, draining and stopping are the caller's.
 
     keys: the API keys that are asked for; None asks for none. documented: whether /openapi.json and /docs are there.
     """
     limits = limits or Limits()
+    routes = create_routes(service, metrics, limits, keys is not None, documented)
+    # Around the framework, not its middleware: what is refused at the gate then never pays for its layers.
+    return Observer(Gate(routes, service, keys, metrics, limits, documented), metrics)
+
+
+def create_routes(
+    service: AppService, metrics: Metrics, limits: Limits, asks_for_keys: bool, documented: bool
+) -> FastAPI:
+    """What is behind the gate."""
     # Not the documentation pages of the framework: they load scripts from elsewhere, and know nothing of our bodies.
     app = FastAPI(title="Stet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    # The one that is added last is the outermost.
-    app.add_middleware(Gate, places=service, keys=keys, metrics=metrics, limits=limits, documented=documented)
-    app.add_middleware(Observer, metrics=metrics)
     app.add_exception_handler(HTTPException, _routing_error)
+    app.add_exception_handler(Exception, _internal_error)
 
     def generation(path: str, read: Callable[[Request, AppService, Limits], Awaitable[Call]]) -> None:
         @app.post(path, response_model=None)
@@ -184,7 +191,7 @@ def create_app(
         page(path, file)
 
     if documented:
-        document = openapi_document(limits, keys is not None)
+        document = openapi_document(limits, asks_for_keys)
         documentation = documentation_page(document)
 
         @app.api_route("/openapi.json", methods=["GET", "HEAD"], response_model=None)
@@ -199,7 +206,10 @@ def create_app(
 
 
 class _Held(Response):
-    """An answer that holds its caller's places until it has been sent, or could not be."""
+    """An answer that holds its caller's places until its last bytes go out, or could not.
+
+    Not for longer: who has them and asks again at once is not to find his own places taken.
+    """
 
     def __init__(self, answer: Response, caller: Caller, places: int) -> None:
         self.background = None
@@ -208,10 +218,20 @@ class _Held(Response):
         self._places = places
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_leave(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                self._leave()
+            await send(message)
+
         try:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, send_and_leave)
         finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._places:
             self._caller.budget.leave(self._places, time.monotonic())
+            self._places = 0
 
 
 def _json(value: Mapping[str, Any], status: int = 200) -> Response:
@@ -241,6 +261,11 @@ async def _routing_error(request: Request, error: Exception) -> Response:
         return error_response("method_not_allowed", [Problem(None, text)], {"allow": allow})
     unknown = not_found()
     return error_response(unknown.code, unknown.problems)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    """The answer to a defect. The framework raises it again, for the log."""
+    return error_response("internal", [internal_problem()])
 
 
 class Observer:

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from server.http.limits import Limits
 from server.http.protocol import BoundedProtocol
@@ -32,7 +32,7 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Answers on an open, listening socket from `start` to `stop`, which closes it."""
 
-    def __init__(self, app: FastAPI, metrics: Metrics, sock: socket.socket, limits: Limits | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, sock: socket.socket, limits: Limits | None = None) -> None:
         def count_rejected(status: int) -> None:
             metrics.http_request("other", "other", status, 0.0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from server.http.app import create_app
+from server.http.app import create_routes
 from server.http.errors import STATUS
 from server.http.limits import Limits
 from server.http.openai.schemas import COMPLETION_SHARED, SHARED, ChatBody, CompletionBody
@@ -79,7 +79,7 @@ def test_the_walk_sees_what_is_unbounded(schema: dict[str, Any]) -> None:
 
 
 def test_the_document_has_every_route_and_no_other() -> None:
-    app = create_app(ScriptedService(), Metrics())
+    app = create_routes(ScriptedService(), Metrics(), Limits(), asks_for_keys=False, documented=False)
     served = {getattr(route, "path", "").replace("{name:path}", "{model}") for route in app.routes}
     assert set(DOCUMENT["paths"]) == {*ROUTES, "/v1/models/{model}"} == served - set(PAGE_PATHS)
     assert set(PAGE_PATHS) <= served
