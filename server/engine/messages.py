@@ -209,7 +209,7 @@ class FrameBuffer:
     def __init__(self) -> None:
         self._data = bytearray()
 
-    def feed(self, data: bytes) -> list[bytes]:
+    def feed(self, data: bytes | memoryview) -> list[bytes]:
         """Bodies completed by these bytes, in order. Raises FrameError on a length above the limit."""
         self._data += data
         bodies: list[bytes] = []

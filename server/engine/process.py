@@ -54,6 +54,7 @@ logger = logging.getLogger("stet.engine")
 
 # Above this the loop waits for the parent to read before it steps again.
 MAX_OUTBOX_BYTES = 16 * 1024 * 1024
+RECEIVE_BYTES = 256 * 1024
 
 
 class ConnectionClosed(Exception):
@@ -69,6 +70,9 @@ class Connection:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self._sock = sock
+        # One for all: a fresh one for each read, cut to what came, leaves holes in the heap, which grew by megabytes an
+        # hour.
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._inbox = FrameBuffer()
         self._outbox = bytearray()
         self._lock = threading.Lock()
@@ -98,14 +102,14 @@ class Connection:
 
     def _read(self) -> Iterator[ToEngine]:
         try:
-            data = self._sock.recv(1 << 20)
+            count = self._sock.recv_into(self._received)
         except BlockingIOError:
             return
         except OSError as error:
             raise ConnectionClosed from error
-        if not data:
+        if not count:
             raise ConnectionClosed
-        for body in self._inbox.feed(data):
+        for body in self._inbox.feed(self._received[:count]):
             yield decode_to_engine(body)
 
     def _flush(self) -> None:
