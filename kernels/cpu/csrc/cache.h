@@ -15,9 +15,10 @@ inline void rotate(float* head, const float* cos, const float* sin, int64_t half
     }
 }
 
-inline void store_element(void* to, int64_t index, int32_t type, float x) {
-    if (type == FLOAT32) ((float*)to)[index] = x;
-    else ((bfloat16*)to)[index] = to_bfloat16(x);
+// The first slot of the block that holds a token, counted as if the cache had one KV head.
+inline int64_t slot_of(const Step* step, int64_t token, int64_t block_size) {
+    const int64_t entry = step->sequences[token] * step->table_stride + step->positions[token] / block_size;
+    return step->block_tables[entry] * block_size;
 }
 
 // One head of one token into the cache: n elements, `apart` elements from one to the next.
@@ -25,15 +26,15 @@ inline void store_head(const Cache& cache, void* to, int64_t first, int64_t apar
                        const float* x) {
     const int64_t n = cache.head_dim;
     if (cache.type == INT8) {
-        int8_t q[1024];
+        int8_t q[MAX_HEAD_DIM];
         quantize_row(x, n, n, q, scales + slot);
-        for (int64_t i = 0; i < n; ++i) {
-            ((int8_t*)to)[first + i * apart] = q[i];
-        }
-        return;
-    }
-    for (int64_t i = 0; i < n; ++i) {
-        store_element(to, first + i * apart, cache.type, x[i]);
+        for (int64_t i = 0; i < n; ++i) ((int8_t*)to)[first + i * apart] = q[i];
+    } else if (cache.type == FLOAT32) {
+        for (int64_t i = 0; i < n; ++i) ((float*)to)[first + i * apart] = x[i];
+    } else {
+        bfloat16 rounded[MAX_HEAD_DIM];
+        for (int64_t i = 0; i < n; ++i) rounded[i] = to_bfloat16(x[i]);
+        for (int64_t i = 0; i < n; ++i) ((bfloat16*)to)[first + i * apart] = rounded[i];
     }
 }
 
@@ -42,35 +43,44 @@ inline void store_head(const Cache& cache, void* to, int64_t first, int64_t apar
 void write_kv(const Command& c, const Step* step, Work& work) {
     const Cache& cache = *(const Cache*)c.p[7];
     const int64_t D = cache.head_dim, kv_heads = cache.num_heads, heads = c.n[0], half = c.n[1], size = cache.block_size;
+    const int64_t element = cache.type == FLOAT32 ? 4 : cache.type == INT8 ? 1 : 2, tokens = step->num_tokens;
     float* head = work.scratch;
-    for (int64_t token; (token = work.take()) < step->num_tokens;) {
-        const int64_t position = step->positions[token];
-        const int64_t block = step->block_tables[step->sequences[token] * step->table_stride + position / size];
-        const int64_t offset = position % size;
-        const float *cos = (const float*)c.p[3] + position * half, *sin = (const float*)c.p[4] + position * half;
-        // A token's keys are scattered over as many lines as there are pairs of elements: they come while queries are
-        // rotated.
-        const int64_t element = cache.type == FLOAT32 ? 4 : cache.type == INT8 ? 1 : 2;
-        for (int64_t h = 0; h < kv_heads; ++h) {
-            const int64_t slot = (block * kv_heads + h) * size + offset / 16 * 16;
-            const char* lines = (const char*)cache.keys + slot * D * element;
-            for (int64_t at = 0; at < 16 * D * element; at += 64) __builtin_prefetch(lines + at, 1);
+    auto prepare = [&](int64_t position, const float* x, const void* norm, float* y) {
+        if (norm) scale_row(x, (const float*)norm, inverse_rms(x, D, c.f[0]), D, y);
+        else std::memcpy(y, x, D * sizeof(float));
+        rotate(y, (const float*)c.p[3] + position * half, (const float*)c.p[4] + position * half, half);
+    };
+    // Sixteen neighbours of a sequence share the lines of their keys. So where there are many tokens a thread takes as
+    // many at once, and a head's lines stay with it, in its first-level cache, until they are full.
+    const int64_t run = tokens >= 32 * work.num_threads ? 16 : 1;
+    for (int64_t begin; (begin = work.take() * run) < tokens;) {
+        const int64_t end = begin + run < tokens ? begin + run : tokens;
+        for (int64_t token = begin; token < end; ++token) {
+            const int64_t position = step->positions[token];
+            if (run == 1) {
+                // A token's keys are scattered over as many lines as there are pairs of elements: they come while
+                // queries are rotated.
+                const int64_t first_slot = slot_of(step, token, size) * kv_heads + position % size / 16 * 16;
+                for (int64_t h = 0; h < kv_heads; ++h) {
+                    const char* lines = (const char*)cache.keys + (first_slot + h * size) * D * element;
+                    for (int64_t at = 0; at < 16 * D * element; at += 64) __builtin_prefetch(lines + at, 1);
+                }
+            }
+            for (int64_t h = 0; h < heads; ++h) {
+                const float* x = (const float*)c.p[0] + token * c.n[2] + h * D;
+                prepare(position, x, c.p[5], (float*)c.p[8] + (token * heads + h) * D);
+            }
         }
-        auto prepare = [&](const float* x, const void* norm, float* y) {
-            if (norm) scale_row(x, (const float*)norm, inverse_rms(x, D, c.f[0]), D, y);
-            else std::memcpy(y, x, D * sizeof(float));
-            rotate(y, cos, sin, half);
-        };
-        for (int64_t h = 0; h < heads; ++h) {
-            prepare((const float*)c.p[0] + token * c.n[2] + h * D, c.p[5], (float*)c.p[8] + (token * heads + h) * D);
-        }
         for (int64_t h = 0; h < kv_heads; ++h) {
-            const int64_t rows = (block * kv_heads + h) * size;  // the first slot of this block and head
-            prepare((const float*)c.p[1] + token * c.n[3] + h * D, c.p[6], head);
-            store_head(cache, cache.keys, rows * D + offset / 16 * 16 * D + offset % 16, 16, cache.key_scales,
-                       rows + offset, head);
-            store_head(cache, cache.values, (rows + offset) * D, 1, cache.value_scales, rows + offset,
-                       (const float*)c.p[2] + token * c.n[4] + h * D);
+            for (int64_t token = begin; token < end; ++token) {
+                const int64_t position = step->positions[token], offset = position % size;
+                const int64_t slots = slot_of(step, token, size) * kv_heads + h * size;  // of this block and head
+                prepare(position, (const float*)c.p[1] + token * c.n[3] + h * D, c.p[6], head);
+                store_head(cache, cache.keys, slots * D + offset / 16 * 16 * D + offset % 16, 16, cache.key_scales,
+                           slots + offset, head);
+                store_head(cache, cache.values, (slots + offset) * D, 1, cache.value_scales, slots + offset,
+                           (const float*)c.p[2] + token * c.n[4] + h * D);
+            }
         }
     }
 }

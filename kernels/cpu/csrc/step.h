@@ -38,10 +38,9 @@ inline float to_float(float x) { return x; }
 inline bfloat16 to_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) {
-        return {(uint16_t)((bits >> 16) | 64)};
-    }
-    return {(uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+    // Both are computed, so that a loop over elements needs no branch.
+    const uint32_t nan = (bits >> 16) | 64, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {(uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? nan : rounded)};
 }
 
 enum Type : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT8 = 3, INT8_DOT = 4 };
@@ -111,6 +110,7 @@ struct Work {
     int64_t take() { return next->fetch_add(1, std::memory_order_relaxed); }
 };
 constexpr int64_t SCRATCH_FLOATS = 1 << 18;
+constexpr int64_t MAX_HEAD_DIM = 1024;  // of a cache
 
 using Kernel = void (*)(const Command&, const Step*, Work&);
 
