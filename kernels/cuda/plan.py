@@ -280,7 +280,9 @@ class DecodeBatch:
         if updates is not None:
             count = updates.shape[0]
             grid = (triton.cdiv(count, UPDATE_BLOCK),)
-            _update_kernel[grid](updates, self.block_tables, self.max_blocks, count, **_update_launch())
+            _update_kernel[grid](
+                updates, self.block_tables, self.max_blocks, count, **_update_launch(), enable_fp_fusion=True
+            )
 
     def prepare(self, bucket: int) -> None:
         """One launch: token ids, positions, slots and the work list of the staged step. May be captured."""
@@ -303,6 +305,7 @@ class DecodeBatch:
             self._capacity,
             self.block_size,
             **_prepare_launch(self.max_rows),
+            enable_fp_fusion=True,
         )
 
     def _check_bucket(self, bucket: int) -> None:
@@ -317,7 +320,7 @@ def select_tokens(tokens: Tensor, sources: Tensor, sampled: Tensor) -> Tensor:
     selected = torch.empty(tokens.shape, dtype=torch.int64, device=tokens.device)
     count = tokens.shape[0]
     grid = (triton.cdiv(count, SELECT_BLOCK),)
-    _select_kernel[grid](tokens, sources, sampled, selected, count, **_select_launch())
+    _select_kernel[grid](tokens, sources, sampled, selected, count, **_select_launch(), enable_fp_fusion=True)
     return selected
 
 
