@@ -36,7 +36,8 @@ from kernels.cuda.common import device_type
 from kernels.cuda.experts import CudaExperts
 from kernels.cuda.kv_cache import CudaKVCache
 from kernels.cuda.linear import CudaLinear
-from kernels.cuda.plan import CudaPlan, check_on_device, make_plan
+from kernels.cuda.plan import CudaPlan, make_plan
+from kernels.cuda.plan_check import check_on_device
 from kernels.cuda.sampling_weights import token_weights
 from kernels.cuda.upload import Upload
 from kernels.cuda.workspace import Workspace
