@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from kernels.ops import AttentionMetadata, QuantizationMode, QuantizedWeight
+from kernels.ops import AttentionMetadata, KVCache, KVCacheSpec, QuantizationMode, QuantizedWeight, RotaryTable
+
+OwnCache = TypeVar("OwnCache", bound=KVCache)
 
 
 def check_weight(weight: Tensor | QuantizedWeight, bias: Tensor | None, mode: QuantizationMode) -> None:
@@ -55,6 +57,55 @@ def check_attention(metadata: AttentionMetadata) -> int:
             raise ValueError(f"metadata.block_tables[{s}] holds a negative block id")
         largest = max(largest, max(used))
     return largest
+
+
+def check_cache(cache: KVCache, kind: type[OwnCache], block_size: int, largest_block: int) -> OwnCache:
+    """Return the cache if it is of the backend's own `kind` and holds a plan's blocks, else raise ValueError."""
+    if not isinstance(cache, kind):
+        raise ValueError("kv_cache was not allocated by this backend")
+    if block_size != cache.spec.block_size:
+        raise ValueError(f"plan has block size {block_size}, kv_cache {cache.spec.block_size}")
+    if largest_block >= cache.num_blocks:
+        raise ValueError(f"plan uses block {largest_block}, kv_cache has {cache.num_blocks} blocks")
+    return cache
+
+
+def check_write_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotary: RotaryTable,
+    norms: tuple[Tensor | None, Tensor | None],
+    spec: KVCacheSpec,
+    num_tokens: int,
+    longest: int,
+) -> None:
+    """Raise ValueError that says what is wrong with the arguments of `Ops.write_kv`. norms: of query and key; longest:
+    of the plan's sequences."""
+    dim = spec.head_dim
+    if query.dim() != 3 or query.shape[0] != num_tokens or query.shape[2] != dim:
+        raise ValueError(f"query must be [{num_tokens}, Hq, {dim}], got {tuple(query.shape)}")
+    for name, tensor in (("key", key), ("value", value)):
+        if tuple(tensor.shape) != (num_tokens, spec.num_kv_heads, dim):
+            raise ValueError(f"{name} must be [{num_tokens}, {spec.num_kv_heads}, {dim}], got {tuple(tensor.shape)}")
+    if rotary.rotary_dim > dim:
+        raise ValueError(f"rotary turns {rotary.rotary_dim} elements; a head has {dim}")
+    if longest > rotary.cos.shape[0]:
+        raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {longest} tokens")
+    query_norm, key_norm = norms
+    if (query_norm is None) != (key_norm is None):
+        raise ValueError("query_norm and key_norm must be given together")
+    for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+        if norm is not None and norm.shape != (dim,):
+            raise ValueError(f"{name} must be [{dim}], got {tuple(norm.shape)}")
+
+
+def check_paged_attention(query: Tensor, spec: KVCacheSpec, num_tokens: int) -> None:
+    """Raise ValueError that says what is wrong with the query of `Ops.paged_attention`."""
+    if query.dim() != 3 or query.shape[0] != num_tokens or query.shape[2] != spec.head_dim:
+        raise ValueError(f"query must be [{num_tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
+    if query.shape[1] % spec.num_kv_heads != 0:
+        raise ValueError(f"query has {query.shape[1]} heads, not a multiple of the cache's {spec.num_kv_heads}")
 
 
 def check_residual(x: Tensor, residual: Tensor) -> None:

@@ -17,14 +17,17 @@ from torch.nn import functional as F
 
 from kernels.checks import (
     check_attention,
+    check_cache,
     check_experts,
     check_layer_norm,
     check_mixture,
+    check_paged_attention,
     check_positions,
     check_query_key,
     check_residual,
     check_softcap,
     check_weight,
+    check_write_kv,
     rows_of,
 )
 from kernels.experts import SeparateExperts
@@ -308,16 +311,9 @@ class ReferenceOps:
         eps: float = 1e-6,
     ) -> Tensor:
         """Normalize (if asked), rotate, write K and V to their slots; return the query, float32 [T, Hq, D]."""
-        cache = _own_cache(kv_cache, plan)
-        tokens = sum(plan.query_lens)
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if tensor.dim() != 3 or tensor.shape[0] != tokens:
-                raise ValueError(f"{name} must be [{tokens}, heads, D], got {tuple(tensor.shape)}")
-        longest = max(len(s) for s in plan.slots)
-        if longest > rotary.cos.shape[0]:
-            raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {longest} tokens")
-        if (query_norm is None) != (key_norm is None):
-            raise ValueError("query_norm and key_norm must be given together")
+        cache = check_cache(kv_cache, ReferenceKVCache, plan.block_size, plan.largest_block)
+        tokens, longest = sum(plan.query_lens), max(len(s) for s in plan.slots)
+        check_write_kv(query, key, value, rotary, (query_norm, key_norm), cache.spec, tokens, longest)
         query, key = query.to(self.dtype), key.to(self.dtype)
         if query_norm is not None:
             query = self.rms_norm(query, query_norm, eps)
@@ -335,10 +331,9 @@ class ReferenceOps:
         self, query: Tensor, kv_cache: KVCache, plan: ReferencePlan, scale: float, softcap: float | None = None
     ) -> Tensor:
         """query [T, Hq, D] -> [T, Hq * D]: causal attention, one sequence after the other."""
-        cache = _own_cache(kv_cache, plan)
+        cache = check_cache(kv_cache, ReferenceKVCache, plan.block_size, plan.largest_block)
+        check_paged_attention(query, cache.spec, sum(plan.query_lens))
         heads, kv_heads = query.shape[1], cache.spec.num_kv_heads
-        if heads % kv_heads != 0:
-            raise ValueError(f"query has {heads} heads, not a multiple of the cache's {kv_heads}")
         outputs = []
         for q, slots in zip(torch.split(query.to(self.dtype), plan.query_lens), plan.slots, strict=True):
             length, new = len(slots), len(q)
@@ -386,17 +381,6 @@ class ReferenceOps:
     def token_weights(self, scaled: Float32Array, maximum: np.float32) -> Int64Array:
         """The weights that `sample` gives to a row of logits after temperature."""
         return token_weights(scaled, maximum)
-
-
-def _own_cache(kv_cache: KVCache, plan: ReferencePlan) -> ReferenceKVCache:
-    """Check that the cache is ours and fits the plan."""
-    if not isinstance(kv_cache, ReferenceKVCache):
-        raise ValueError("kv_cache was not allocated by this backend")
-    if plan.block_size != kv_cache.spec.block_size:
-        raise ValueError(f"plan has block size {plan.block_size}, kv_cache {kv_cache.spec.block_size}")
-    if plan.largest_block >= kv_cache.num_blocks:
-        raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {kv_cache.num_blocks} blocks")
-    return kv_cache
 
 
 def _positions(plan: ReferencePlan) -> Tensor:

@@ -95,6 +95,8 @@ def library() -> ctypes.CDLL:
         raise LibraryMissing(f"the structures of {path.name} are not those of kernels/cpu/native.py")
     loaded.stet_team.restype = c_void_p
     loaded.stet_team.argtypes = (c_int32, ctypes.c_char_p)
+    loaded.stet_runs.restype = c_int32
+    loaded.stet_runs.argtypes = (ctypes.c_char_p,)
     loaded.stet_free.argtypes = (c_void_p,)
     loaded.stet_kernels.restype = ctypes.c_char_p
     loaded.stet_kernels.argtypes = (c_void_p,)
@@ -114,12 +116,17 @@ class Team:
 
     def __init__(self, num_threads: int, kernels: str | None = None) -> None:
         """kernels: "avx512", "avx2" or "generic"; None: the best of this processor. Raises LibraryMissing, and
-        ValueError for kernels that the processor does not run."""
+        ValueError for kernels that the processor does not run or more threads than the system gives."""
         self._handle = None
         self._library = library()
-        handle = self._library.stet_team(num_threads, None if kernels is None else kernels.encode())
-        if not handle:
+        name = None if kernels is None else kernels.encode()
+        if name is not None and not self._library.stet_runs(name):
             raise ValueError(f"kernels is {kernels!r}; this processor does not run them")
+        handle = self._library.stet_team(num_threads, name)
+        if not handle:
+            raise ValueError(
+                f"threads is {num_threads}; the system does not give this process so many, or their memory"
+            )
         self._handle = handle
         self.num_threads = num_threads
         self.kernels: str = self._library.stet_kernels(handle).decode()

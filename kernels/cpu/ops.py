@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from kernels.checks import (
+    check_cache,
     check_experts,
     check_layer_norm,
     check_mixture,
+    check_paged_attention,
     check_positions,
     check_query_key,
     check_residual,
     check_softcap,
     check_weight,
+    check_write_kv,
 )
 from kernels.cpu import linear, native
 from kernels.cpu.experts import CpuExperts
@@ -383,20 +386,9 @@ class CpuOps:
         eps: float = 1e-6,
     ) -> Tensor:
         """Normalize (if asked) and rotate, write K and V in the cache's dtype, return the query, float32 [T, Hq, D]."""
-        cache = self._own_cache(kv_cache, plan)
-        tokens, spec = plan.num_tokens, cache.spec
-        if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != spec.head_dim:
-            raise ValueError(f"query must be [{tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
-        for name, tensor in (("key", key), ("value", value)):
-            if tuple(tensor.shape) != (tokens, spec.num_kv_heads, spec.head_dim):
-                expected = f"[{tokens}, {spec.num_kv_heads}, {spec.head_dim}]"
-                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
-        if rotary.rotary_dim > spec.head_dim:
-            raise ValueError(f"rotary turns {rotary.rotary_dim} elements; a head has {spec.head_dim}")
-        if (query_norm is None) != (key_norm is None):
-            raise ValueError("query_norm and key_norm must be given together")
-        if plan.longest > rotary.cos.shape[0]:
-            raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {plan.longest} tokens")
+        cache = check_cache(kv_cache, CpuKVCache, plan.block_size, plan.largest_block)
+        tokens = plan.num_tokens
+        check_write_kv(query, key, value, rotary, (query_norm, key_norm), cache.spec, tokens, plan.longest)
         query, key, value = (_heads(tensor) for tensor in (query, key, value))
         norms = [None if norm is None else _floats(norm) for norm in (query_norm, key_norm)]
         rotated = self._new("query", tokens, tuple(query.shape[1:]))
@@ -417,13 +409,9 @@ class CpuOps:
         self, query: Tensor, kv_cache: KVCache, plan: CpuPlan, scale: float, softcap: float | None = None
     ) -> Tensor:
         """query [T, Hq, D] -> float32 [T, Hq * D]: causal attention, the cache read where it lies."""
-        cache = self._own_cache(kv_cache, plan)
-        spec = cache.spec
-        if query.dim() != 3 or query.shape[0] != plan.num_tokens or query.shape[2] != spec.head_dim:
-            raise ValueError(f"query must be [{plan.num_tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
-        heads = query.shape[1]
-        if heads % spec.num_kv_heads != 0:
-            raise ValueError(f"query has {heads} heads, not a multiple of the cache's {spec.num_kv_heads}")
+        cache = check_cache(kv_cache, CpuKVCache, plan.block_size, plan.largest_block)
+        spec, heads = cache.spec, query.shape[1]
+        check_paged_attention(query, spec, plan.num_tokens)
         if max(heads // spec.num_kv_heads, _PART_ROWS) * (2 * spec.head_dim + 82) > SCRATCH_FLOATS:
             raise ValueError(f"query has {heads} heads over {spec.num_kv_heads}: too many for one key")
         query = _floats(query)
@@ -503,16 +491,6 @@ class CpuOps:
         else:
             recording.commands.append(made)
             recording.kept.append(pointers)
-
-    def _own_cache(self, cache: KVCache, plan: CpuPlan) -> CpuKVCache:
-        """Check that the cache is ours and fits the plan."""
-        if not isinstance(cache, CpuKVCache):
-            raise ValueError("kv_cache was not allocated by this backend")
-        if plan.block_size != cache.spec.block_size:
-            raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")
-        if plan.largest_block >= cache.num_blocks:
-            raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {cache.num_blocks} blocks")
-        return cache
 
 
 def _own_weight(weight: LinearWeight) -> CpuLinear:

@@ -143,7 +143,7 @@ def compile_variant(module: str, variant: Variant, capability: int) -> Compiled:
     registers, stack_bytes = _resources(kernel.asm["cubin"])
     ptx, shared_bytes = kernel.asm["ptx"], kernel.metadata.shared
     matrix = _matrix_instructions(ptx)
-    problems = _specialization_problems(variant)
+    problems = [*_specialization_problems(variant), *order_problems(ptx)]
     if variant.hot and stack_bytes:
         problems.append(f"spills {stack_bytes} bytes")
     if shared_bytes > SHARED_MEMORY_BYTES[capability]:
@@ -175,6 +175,22 @@ def _specialization_problems(variant: Variant) -> list[str]:
             problems.append(f"{parameter.name} is specialized on its value")
         if parameter.do_not_specialize and parameter.name in variant.aligned:
             problems.append(f"{parameter.name} is not specialized, so it is never known to be aligned")
+    return problems
+
+
+def order_problems(ptx: str) -> list[str]:
+    """Where programs leave sums in memory for the one that arrives last, as PTX's memory model wants it: every thread
+    has stored, a barrier, one thread's atomic that releases and acquires for the whole device, a barrier, the loads."""
+    problems = []
+    found = re.findall(r"\b(bar\.sync|st\.global|ld\.global|(?:atom|red)\.global[\w.]*)", ptx)
+    for index, instruction in enumerate(found):
+        if instruction.startswith(("atom", "red")):
+            before = next((each for each in reversed(found[:index]) if each != "ld.global"), "")
+            after = next((each for each in found[index + 1 :] if each != "st.global"), "bar.sync")
+            if ".gpu.acq_rel." not in instruction:
+                problems.append(f"{instruction} orders nothing on the device")
+            if (before, after) != ("bar.sync", "bar.sync"):
+                problems.append(f"{instruction} has no barrier before or behind it")
     return problems
 
 

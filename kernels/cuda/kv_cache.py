@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import check_write_kv
 from kernels.cuda.common import TRITON_TYPES, round_half_even, round_to
 from kernels.cuda.compile import Variant
 from kernels.cuda.plan import CudaPlan
@@ -83,22 +84,12 @@ def write_kv(
     """
     tokens, spec = plan.num_tokens, cache.spec
     dim = spec.head_dim
-    if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != dim:
-        raise ValueError(f"query must be [{tokens}, Hq, {dim}], got {tuple(query.shape)}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tuple(tensor.shape) != (tokens, spec.num_kv_heads, dim):
-            raise ValueError(f"{name} must be [{tokens}, {spec.num_kv_heads}, {dim}], got {tuple(tensor.shape)}")
+    check_write_kv(query, key, value, rotary, (query_norm, key_norm), spec, tokens, plan.max_seq_len)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.stride(2) != 1 or tensor.stride(1) != dim:
             raise ValueError(f"{name} must have contiguous heads, got strides {tensor.stride()}")
         if tensor.dtype != query.dtype:
             raise ValueError(f"{name} is {tensor.dtype}, query {query.dtype}")
-    if plan.max_seq_len > rotary.cos.shape[0]:
-        raise ValueError(f"rotary has {rotary.cos.shape[0]} positions; a sequence has {plan.max_seq_len} tokens")
-    if rotary.rotary_dim > dim:
-        raise ValueError(f"rotary turns {rotary.rotary_dim} elements; a head has {dim}")
-    if (query_norm is None) != (key_norm is None):
-        raise ValueError("query_norm and key_norm must be given together")
     heads = query.shape[1]
     rotated = torch.empty((tokens, heads, dim), dtype=query.dtype, device=query.device)
     chunks = triton.cdiv(heads, _HEADS) + 2 * triton.cdiv(spec.num_kv_heads, _HEADS)
@@ -132,6 +123,7 @@ def write_kv(
         rotary.cos.stride(0),
         eps,
         **launch,
+        enable_fp_fusion=True,
     )
     return rotated
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kernels.checks import (
     check_attention,
+    check_cache,
     check_experts,
     check_mixture,
     check_positions,
@@ -35,7 +36,8 @@ from kernels.cuda.common import device_type
 from kernels.cuda.experts import CudaExperts
 from kernels.cuda.kv_cache import CudaKVCache
 from kernels.cuda.linear import CudaLinear
-from kernels.cuda.plan import CudaPlan, check_on_device, make_plan
+from kernels.cuda.plan import CudaPlan, make_plan
+from kernels.cuda.plan_check import check_on_device
 from kernels.cuda.sampling_weights import token_weights
 from kernels.cuda.upload import Upload
 from kernels.cuda.workspace import Workspace
@@ -272,15 +274,10 @@ class CudaOps:
 
     def _own_cache(self, cache: KVCache, plan: CudaPlan) -> CudaKVCache:
         """Check that the cache is ours and fits the plan."""
-        if not isinstance(cache, CudaKVCache):
-            raise ValueError("kv_cache was not allocated by this backend")
-        if plan.block_size != cache.spec.block_size:
-            raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")
+        own = check_cache(cache, CudaKVCache, plan.block_size, plan.largest_block)
         if self._checks_on_device():
-            check_on_device(plan, cache.num_blocks)
-        if plan.largest_block >= cache.num_blocks:
-            raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {cache.num_blocks} blocks")
-        return cache
+            check_on_device(plan, own.num_blocks)
+        return own
 
     def _checks_on_device(self) -> bool:
         """Whether to read back what is on the device: a graph that is being captured does not allow it."""

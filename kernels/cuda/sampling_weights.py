@@ -135,5 +135,6 @@ def token_weights(scaled: Tensor, maximum: float) -> Tensor:
     """float32 logits [V] after temperature -> int64 weights [V], as the sampler computes them."""
     weights = torch.zeros(scaled.shape, dtype=torch.int64, device=scaled.device)
     grid = (triton.cdiv(len(scaled), 4096),)
-    _weights[grid](scaled, weights, exponential_table(scaled.device), maximum, len(scaled), BLOCK=4096)
+    table = exponential_table(scaled.device)
+    _weights[grid](scaled, weights, table, maximum, len(scaled), BLOCK=4096, enable_fp_fusion=True)
     return weights

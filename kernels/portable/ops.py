@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from kernels.checks import (
+    check_cache,
     check_experts,
     check_layer_norm,
     check_mixture,
+    check_paged_attention,
     check_positions,
     check_query_key,
     check_residual,
     check_softcap,
     check_weight,
+    check_write_kv,
     rows_of,
 )
 from kernels.int8 import quantize_rows
@@ -271,21 +274,11 @@ class PortableOps:
         eps: float = 1e-6,
     ) -> Tensor:
         """Normalize (if asked) and rotate in float32, write K and V rounded to the cache's dtype, return the query."""
-        cache = _own_cache(kv_cache, plan)
-        tokens, spec = plan.num_tokens, cache.spec
-        if query.dim() != 3 or query.shape[0] != tokens or query.shape[2] != spec.head_dim:
-            raise ValueError(f"query must be [{tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
-        for name, tensor in (("key", key), ("value", value)):
-            if tuple(tensor.shape) != (tokens, spec.num_kv_heads, spec.head_dim):
-                expected = f"[{tokens}, {spec.num_kv_heads}, {spec.head_dim}]"
-                raise ValueError(f"{name} must be {expected}, got {tuple(tensor.shape)}")
-        if rotary.rotary_dim > spec.head_dim:
-            raise ValueError(f"rotary turns {rotary.rotary_dim} elements; a head has {spec.head_dim}")
-        if (query_norm is None) != (key_norm is None):
-            raise ValueError("query_norm and key_norm must be given together")
+        cache = check_cache(kv_cache, PortableKVCache, plan.block_size, plan.largest_block)
+        check_write_kv(query, key, value, rotary, (query_norm, key_norm), cache.spec, plan.num_tokens, plan.longest)
         norms = None
         if query_norm is not None and key_norm is not None:
-            norms = self._head_norms(query_norm, key_norm, query.shape[1], spec.num_kv_heads)
+            norms = self._head_norms(query_norm, key_norm, query.shape[1], cache.spec.num_kv_heads)
         cos, sin = plan.rotary(rotary)
         return write_kv(query, key, value, cos, sin, cache, plan, norms, eps, self._workspace)
 
@@ -293,12 +286,9 @@ class PortableOps:
         self, query: Tensor, kv_cache: KVCache, plan: PortablePlan, scale: float, softcap: float | None = None
     ) -> Tensor:
         """query [T, Hq, D] -> [T, Hq * D]: causal attention in fixed tiles (see `kernels.portable.attention`)."""
-        cache = _own_cache(kv_cache, plan)
+        cache = check_cache(kv_cache, PortableKVCache, plan.block_size, plan.largest_block)
         spec = cache.spec
-        if query.dim() != 3 or query.shape[0] != plan.num_tokens or query.shape[2] != spec.head_dim:
-            raise ValueError(f"query must be [{plan.num_tokens}, Hq, {spec.head_dim}], got {tuple(query.shape)}")
-        if query.shape[1] % spec.num_kv_heads != 0:
-            raise ValueError(f"query has {query.shape[1]} heads, not a multiple of the cache's {spec.num_kv_heads}")
+        check_paged_attention(query, spec, plan.num_tokens)
         rows = attention.decode_rows(query.shape[1] // spec.num_kv_heads)
         one_height = not self._heights(spec.head_dim, cache.dtype, rows, softcap is not None)
         own = query.to(cache.dtype).contiguous()
@@ -359,14 +349,3 @@ def _activations(rounded: Tensor, quantize: bool) -> Activations:
 def _check_gate_up(gate_up: Tensor) -> None:
     if gate_up.dim() != 2 or gate_up.shape[1] % 2 != 0:
         raise ValueError(f"gate_up must be [T, 2*I], got {tuple(gate_up.shape)}")
-
-
-def _own_cache(cache: KVCache, plan: PortablePlan) -> PortableKVCache:
-    """Check that the cache is ours and fits the plan."""
-    if not isinstance(cache, PortableKVCache):
-        raise ValueError("kv_cache was not allocated by this backend")
-    if plan.block_size != cache.spec.block_size:
-        raise ValueError(f"plan has block size {plan.block_size}, kv_cache {cache.spec.block_size}")
-    if plan.largest_block >= cache.num_blocks:
-        raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {cache.num_blocks} blocks")
-    return cache

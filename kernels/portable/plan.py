@@ -84,8 +84,6 @@ class PortablePlan:
         """(cos, cos) and (-sin, sin) of this step's positions, float32 [T, 1, rotary_dim]."""
         found = self._rotary.get(id(table))
         if found is None:
-            if self.longest > table.cos.shape[0]:
-                raise ValueError(f"rotary has {table.cos.shape[0]} positions; a sequence has {self.longest} tokens")
             positions = torch.from_numpy(self.positions)
             cos, sin = table.cos[positions], table.sin[positions]
             both = (torch.cat([cos, cos], -1).unsqueeze(1), torch.cat([-sin, sin], -1).unsqueeze(1))

@@ -12,11 +12,7 @@ In Triton's interpreter the same code runs on the CPU, step by step and without 
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,160 +25,15 @@ from kernels.cuda.plan import DecodeBatch, select_tokens
 from kernels.ops import KVCache, SampleResult, SamplingMetadata
 from models.layers import DecoderModel
 from server.engine.batch import SamplingBuilder, build_batch
+from server.engine.block_table_rows import BlockTableRows
+from server.engine.cuda_step import CudaStep, StepBuffers, device_faults
 from server.engine.details import StepDetails, launch_details
 from server.engine.memory import decode_buckets
-from server.engine.plan import DeviceFault, PlannedRequest, RowResult, StepPlan, StepResult
+from server.engine.plan import DeviceFault, PlannedRequest, StepPlan
 from server.engine.request import Request, SamplingParams
-from server.engine.runner import NOT_FINITE
-
-logger = logging.getLogger(__name__)
 
 # Steps whose results may wait to be collected: one more than the pipeline has, so that none is overwritten.
 _RESULT_SLOTS = 3
-
-
-@contextmanager
-def device_faults() -> Iterator[None]:
-    """Turn what says that the CUDA context is lost into DeviceFault. Running out of memory is no such thing."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except torch.AcceleratorError as error:
-        raise DeviceFault(_first_line(error)) from error
-    except RuntimeError as error:
-        text = str(error)
-        lost = "CUDA error" in text or "Triton Error [CUDA]" in text or "CUBLAS_STATUS" in text
-        if lost and "out of memory" not in text:
-            raise DeviceFault(_first_line(error)) from error
-        raise
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-class BlockTableRows:
-    """Which row of the block tables on the device belongs to which request, and how much of it is written.
-
-    A request keeps its row while it decodes, so a step has little to tell the device: the blocks that are new. Rows of
-    requests that were not in a step for the longest time are given to new ones.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        self._free = list(range(num_rows - 1, -1, -1))
-        self._rows: OrderedDict[int, _Row] = OrderedDict()  # by request id, the ones used last at the end
-
-    def assign(self, planned_requests: Sequence[PlannedRequest]) -> tuple[list[int], list[tuple[int, int, int]]]:
-        """The row of each planned request, and what to write: (row, column, block id). At most `num_rows` requests."""
-        rows = self._rows
-        newcomers = False
-        for planned in planned_requests:
-            request_id = planned.request.request_id
-            if request_id in rows:
-                rows.move_to_end(request_id)
-            else:
-                newcomers = True
-        if newcomers:
-            for planned in planned_requests:
-                if planned.request.request_id not in rows:
-                    # All of this step's rows are at the end by now, so the first one is not among them.
-                    index = self._free.pop() if self._free else rows.popitem(last=False)[1].index
-                    rows[planned.request.request_id] = _Row(index)
-        indices: list[int] = []
-        updates: list[tuple[int, int, int]] = []
-        for planned in planned_requests:
-            request = planned.request
-            row = rows[request.request_id]
-            block_ids = planned.block_ids
-            if row.request is not request or row.num_preemptions != request.num_preemptions:
-                row.request, row.num_preemptions, row.num_blocks = request, request.num_preemptions, 0
-            if row.num_blocks < len(block_ids):
-                for column in range(row.num_blocks, len(block_ids)):
-                    updates.append((row.index, column, block_ids[column]))
-                row.num_blocks = len(block_ids)
-            indices.append(row.index)
-        return indices, updates
-
-    def forget(self) -> None:
-        """Write every row anew when it is used next: it is not known what the device has."""
-        for row in self._rows.values():
-            row.request = None
-
-
-@dataclass(slots=True)
-class _Row:
-    """A row of the block tables: the first `num_blocks` blocks that `request` got after so many preemptions."""
-
-    index: int
-    request: Request | None = None
-    num_preemptions: int = 0
-    num_blocks: int = 0
-
-
-class _Results:
-    """Where one step's results arrive on the host."""
-
-    def __init__(self, max_rows: int, max_tokens: int, on_gpu: bool) -> None:
-        self.tokens = torch.zeros(max_rows, dtype=torch.int64, pin_memory=on_gpu)
-        self.finite_rows = torch.zeros(max_rows, dtype=torch.bool, pin_memory=on_gpu)
-        self.finite_tokens = torch.zeros(max_tokens, dtype=torch.bool, pin_memory=on_gpu)
-        self.arrived = torch.cuda.Event() if on_gpu else None  # type: ignore[no-untyped-call]
-
-
-@dataclass(frozen=True, slots=True)
-class CudaStep:
-    """A PendingStep. num_sampled rows were drawn from; num_tokens positions are checked one by one (0: decode steps,
-    where that is in the rows)."""
-
-    plan: StepPlan
-    results: _Results
-    num_sampled: int
-    num_tokens: int
-    details: StepDetails | None = None
-
-    def result(self) -> StepResult:
-        """Wait for the device. Raises DeviceFault."""
-        results = self.results
-        with device_faults():
-            if results.arrived is not None:
-                results.arrived.synchronize()
-        tokens = results.tokens[: self.num_sampled].tolist()
-        finite_rows = results.finite_rows[: self.num_sampled].tolist()
-        if self.details is None:
-            return self._result(tokens, finite_rows)
-        found = self.details.read(tokens)
-        result = self._result(tokens, finite_rows)
-        for place, row in enumerate(result.rows):
-            if row.error is None:
-                row.details = found.get(place)
-        return result
-
-    def _result(self, tokens: list[int], finite_rows: list[bool]) -> StepResult:
-        results, requests = self.results, self.plan.requests
-        if not self.num_tokens:
-            rows = tuple(
-                RowResult(planned.request.request_id, (token,))
-                if finite
-                else RowResult(planned.request.request_id, (), NOT_FINITE)
-                for planned, token, finite in zip(requests, tokens, finite_rows, strict=True)
-            )
-            return StepResult(self.plan.step_id, rows)
-        counts = [planned.num_new_tokens for planned in requests]
-        starts = np.cumsum([0, *counts[:-1]])
-        finite_tokens = results.finite_tokens[: self.num_tokens].numpy()
-        finite_requests = np.logical_and.reduceat(finite_tokens, starts).tolist()
-        mixed: list[RowResult] = []
-        row = 0
-        for planned, finite in zip(requests, finite_requests, strict=True):
-            drawn: tuple[int, ...] = ()
-            if planned.samples:
-                finite = finite and finite_rows[row]
-                drawn = (tokens[row],)
-                row += 1
-            request_id = planned.request.request_id
-            mixed.append(RowResult(request_id, drawn) if finite else RowResult(request_id, (), NOT_FINITE))
-        return StepResult(self.plan.step_id, tuple(mixed))
 
 
 class CudaRunner:
@@ -227,7 +78,7 @@ class CudaRunner:
             self._finite = torch.zeros(max_rows, dtype=torch.bool, device=ops.device)
         self._rows = BlockTableRows(max_rows)
         self._sampling = SamplingBuilder(eos_token_ids)
-        self._results = [_Results(max_rows, max_tokens_per_step, self._on_gpu) for _ in range(_RESULT_SLOTS)]
+        self._results = [StepBuffers(max_rows, max_tokens_per_step, self._on_gpu) for _ in range(_RESULT_SLOTS)]
         self._turn = 0
         # Where the tokens drawn by the step launched last lie in `sampled` on the device, by request id.
         self._drawn_at: dict[int, int] = {}

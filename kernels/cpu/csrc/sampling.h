@@ -17,7 +17,7 @@ struct Candidate {
 
 // trunc(e^x * 2^36) for x <= 0: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 13 for e^r.
 inline int64_t weight_of(double x) {
-    if (x < -26.0) return 0;
+    if (!(x >= -26.0)) return 0;  // NaN too, of which there is no integer: where the maximum itself is -inf
     const double n = std::nearbyint(x * 1.4426950408889634074);
     double r = std::fma(n, -6.93147180369123816490e-01, x);
     r = std::fma(n, -1.90821492927058770002e-10, r);

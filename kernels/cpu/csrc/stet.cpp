@@ -73,27 +73,24 @@ const Kernels* named_kernels(const char* name) {
 class Team {
   public:
     Team(int num_threads, const Kernels* kernels) : num_threads_(num_threads), kernels_(kernels) {
-        for (int i = 0; i < num_threads; ++i) {
-            scratch_.push_back((float*)std::aligned_alloc(64, SCRATCH_FLOATS * sizeof(float)));
-            if (!scratch_.back()) throw std::bad_alloc();
-        }
-        for (int i = 1; i < num_threads; ++i) {
-            threads_.emplace_back([this, i] { serve(i); });
+        try {
+            for (int i = 0; i < num_threads; ++i) {
+                scratch_.push_back((float*)std::aligned_alloc(64, SCRATCH_FLOATS * sizeof(float)));
+                if (!scratch_.back()) throw std::bad_alloc();
+            }
+            for (int i = 1; i < num_threads; ++i) {
+                threads_.emplace_back([this, i] { serve(i); });
+            }
+        } catch (...) {  // the system gives no more threads: those that run must end before they may be forgotten
+            stop();
+            throw;
         }
     }
 
-    ~Team() {
-        {
-            std::lock_guard<std::mutex> hold(lock_);
-            stopping_ = true;
-            program_number_.fetch_add(1, std::memory_order_release);
-        }
-        wake_.notify_all();
-        for (auto& thread : threads_) thread.join();
-        for (float* each : scratch_) std::free(each);
-    }
+    ~Team() { stop(); }
 
     void run(const Command* commands, int64_t count, const Step* step) {
+        if (count == 0) return;  // nothing to meet after: the others might see this program only after the next one
         commands_ = commands;
         count_ = count;
         step_ = step;
@@ -110,6 +107,17 @@ class Team {
     const Kernels* kernels() const { return kernels_; }
 
   private:
+    void stop() {
+        {
+            std::lock_guard<std::mutex> hold(lock_);
+            stopping_ = true;
+            program_number_.fetch_add(1, std::memory_order_release);
+        }
+        wake_.notify_all();
+        for (auto& thread : threads_) thread.join();
+        for (float* each : scratch_) std::free(each);
+    }
+
     void serve(int thread) {
         uint32_t seen = 0;
         for (;;) {
@@ -210,7 +218,10 @@ void stet_keep_memory() {
 #endif
 }
 
-// kernels: "avx512", "avx2" or "generic"; null: the best that the processor has. Null if it has not, or without memory.
+// Whether the processor runs these kernels: "avx512", "avx2" or "generic".
+int32_t stet_runs(const char* kernels) { return named_kernels(kernels) != nullptr; }
+
+// kernels: as `stet_runs` knows them; null: the best that the processor has. Null without memory or threads for it.
 void* stet_team(int32_t num_threads, const char* kernels) {
     const Kernels* found = kernels ? named_kernels(kernels) : best_kernels();
     if (!found) return nullptr;

@@ -92,3 +92,16 @@ def test_a_forked_process_may_end() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "0", result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, to limit the memory of a process")
+def test_threads_that_the_system_does_not_give_are_refused() -> None:
+    """Some start and some do not; without an end those that did would take the process with them."""
+    code = (
+        "import resource; from kernels.cpu.native import Team; from pathlib import Path\n"
+        "size = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (400 << 20),) * 2)\n"
+        "try:\n    Team(150)\nexcept ValueError as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.stdout.startswith("threads is 150; the system"), result.stderr

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from kernels.cpu.ops import CpuOps
 from kernels.int8 import quantize_rows
 from kernels.ops import AttentionMetadata, QuantizationMode, QuantizedActivations, QuantizedWeight
 from kernels.reference import ReferenceOps
-from tests.kernels.cases import Layer, attention_step, block_table
+from tests.kernels.cases import Layer, attention_step, block_table, sampling
 
 REFERENCE = ReferenceOps()
 MODES: list[QuantizationMode] = ["none", "w8a16", "w8a8"]
@@ -237,3 +238,14 @@ def test_norms_of_heads() -> None:
 
     for part, expected in enumerate(run(REFERENCE)):
         close(same(lambda ops, part=part: run(ops)[part]), expected, 1e-5)  # type: ignore[misc]
+
+
+def test_logits_that_the_temperature_takes_below_all_numbers_weigh_nothing() -> None:
+    """-3e38 / 0.5 is -inf, and the maximum is too: their distance is no number."""
+    logits, lowest = torch.full((2, 300), -3e38), np.full(20, -np.inf, np.float32)
+    metadata = sampling(2, temperatures=[0.5, 0.5], top_ps=[0.5, 1.0], top_ks=[0, 4])
+    for ops in EVERY_OPS:
+        assert not ops.token_weights(lowest, lowest[0]).any()
+        result = ops.sample(logits, metadata)
+        assert result.finite.all()
+        assert result.token_ids.tolist() == [0, 0]

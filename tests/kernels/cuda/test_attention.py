@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cuda import attention
+from kernels.cuda import attention, attention_launch
 from kernels.cuda.attention import paged_attention
 from kernels.cuda.common import device_type
 from kernels.cuda.kv_cache import CudaKVCache, allocate
@@ -143,7 +143,7 @@ def test_prompt_chunks_and_decode_have_the_same_bits(case: Case, monkeypatch: py
     assert whole.max_work == len(positions)
     assert torch.equal(case.run(query[positions], cache, whole), prompt[positions])
 
-    monkeypatch.setattr(attention, "PREFILL_ROWS", attention.DECODE_ROWS)
+    monkeypatch.setattr(attention, "PREFILL_ROWS", attention_launch.DECODE_ROWS)
     short = case.run(query[-150:], cache, planned(AttentionMetadata([150], [length], [own], case.block_size)))
     assert torch.equal(short, prompt[-150:])
 
@@ -166,12 +166,12 @@ def test_tiles_by_descriptor_are_those_by_pointer(case: Case, monkeypatch: pytes
     poison(cache, seq_lens, own)
     metadata = AttentionMetadata(query_lens, seq_lens, own, case.block_size)
     query = torch.randn(sum(query_lens), case.heads, case.dim, device=DEVICE).to(case.dtype)
-    monkeypatch.setattr(attention, "_by_descriptor", lambda *of_launch: False)
+    monkeypatch.setattr(attention, "by_descriptor", lambda *of_launch: False)
     pointers = case.run(query, cache, planned(metadata))
     assert not cache.descriptors
     assert not pointers.isnan().any()
     monkeypatch.undo()
-    if attention._capability(DEVICE) < 90:
+    if attention_launch.capability_of(DEVICE) < 90:
         pytest.skip("no tensor memory accelerator here")
     assert torch.equal(case.run(query, cache, planned(metadata)), pointers)
     (made,) = cache.descriptors.values()
@@ -181,7 +181,7 @@ def test_tiles_by_descriptor_are_those_by_pointer(case: Case, monkeypatch: pytes
 
 def test_where_descriptors_serve() -> None:
     bf16, fp16, int8, fp32 = torch.bfloat16, torch.float16, torch.int8, torch.float32
-    serves = attention._by_descriptor
+    serves = attention_launch.by_descriptor
     assert serves(90, 64, 64, 128, None, bf16, bf16)
     assert serves(100, 256, 32, 64, None, fp16, fp16)
     assert not serves(80, 64, 64, 128, None, bf16, bf16)

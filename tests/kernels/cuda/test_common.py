@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from kernels.cuda import common
 from kernels.cuda.common import device_type, dot, round_half_even, round_to
 from kernels.cuda.upload import Upload
 from kernels.cuda.workspace import Workspace
@@ -96,3 +100,17 @@ def test_workspace_never_frees_what_a_graph_may_hold() -> None:
     larger = workspace.take("a", (8, 8), torch.float32)
     assert larger.data_ptr() != first.data_ptr()
     assert workspace.nbytes == (16 + 8 + 64) * 4
+
+
+def test_every_launch_says_whether_products_and_sums_may_be_fused() -> None:
+    """Versions of Triton differ in what they do where nothing is said, and fused or not the bits are others. What is
+    compiled ahead of time is compiled so."""
+    launches = []
+    for path in sorted(Path(common.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            # kernel[grid](...), where other calls of what is subscripted have no keywords
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and node.keywords:
+                options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                launches.append((path.name, ast.unparse(node.func), options.get("enable_fp_fusion")))
+    assert len(launches) > 20
+    assert [launch for launch in launches if launch[2] != "True"] == []

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import triton
 
-from kernels.cuda.compile import CAPABILITIES, HEADER, MODULES, Compiled
+from kernels.cuda.compile import CAPABILITIES, HEADER, MODULES, Compiled, order_problems
 
 COMMITTED = Path(__file__).with_name("compiled.txt")
 
@@ -72,3 +72,16 @@ def test_table_is_the_committed_one(compiled: list[Compiled]) -> None:
         pytest.skip(f"the committed table is of {first}")
     assert header == HEADER
     assert [result.line() for result in compiled] == lines
+
+
+def test_sums_that_programs_hand_on_must_be_ordered() -> None:
+    """What the interpreter, with its one thread, cannot miss. The variants themselves pass the first test above."""
+    lines = ["st.global.v4.b32 [%rd1], %r1;", "bar.sync 0;", "@%p1 atom.global.gpu.acq_rel.add.u32 %r2, [%rd2], 1;",
+             "bar.sync 0;", "st.global.b32 [%rd2], 0;", "ld.global.v4.b32 %r3, [%rd1];"]  # fmt: skip
+    assert order_problems("\n".join(lines)) == []
+    for missing in (1, 3):
+        text = "\n".join(lines[:missing] + lines[missing + 1 :])
+        assert order_problems(text) == ["atom.global.gpu.acq_rel.add.u32 has no barrier before or behind it"]
+    for other in ("relaxed", "cta.acq_rel"):
+        text = "\n".join(lines).replace("gpu.acq_rel", other)
+        assert order_problems(text) == [f"atom.global.{other}.add.u32 orders nothing on the device"]

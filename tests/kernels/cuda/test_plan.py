@@ -10,7 +10,8 @@ import torch
 
 from kernels.cuda.common import device_type
 from kernels.cuda.ops import CudaOps
-from kernels.cuda.plan import SPLIT, CudaPlan, DecodeBatch, check_on_device, make_plan, select_tokens
+from kernels.cuda.plan import SPLIT, CudaPlan, DecodeBatch, make_plan, select_tokens
+from kernels.cuda.plan_check import check_on_device
 from kernels.cuda.upload import Upload
 from kernels.ops import AttentionMetadata, KVCacheSpec, RotaryTable
 

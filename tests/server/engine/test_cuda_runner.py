@@ -22,9 +22,11 @@ from models.config import ModelConfig
 from models.layers import DecoderModel
 from models.loader import random_model
 from server.engine import cuda_runner
+from server.engine.block_table_rows import BlockTableRows
 from server.engine.config import SchedulerConfig
 from server.engine.core import EngineCore
-from server.engine.cuda_runner import BlockTableRows, CudaRunner, device_faults
+from server.engine.cuda_runner import CudaRunner
+from server.engine.cuda_step import device_faults
 from server.engine.memory import decode_buckets
 from server.engine.plan import DeviceFault, PlannedRequest, RequestOutput, RowResult, StepPlan
 from server.engine.request import FinishReason, Request, SamplingParams
