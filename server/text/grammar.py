@@ -30,7 +30,8 @@ SCHEMA_OPTIONS: dict[str, Any] = {
 }
 _UNSUPPORTED = re.compile(
     r"Unimplemented keys: (?P<keys>\[.*?\])|(?P<format>Unknown format: \S+)|(?P<oneof>oneOf constraints)"
-    r"|(?P<look>look-around|lookarounds)|(?P<reference>is not present in a registry)|(?P<complex>too many expressions|row has \d+ items)"
+    r"|(?P<look>look-around|lookarounds)|(?P<reference>is not present in a registry)"
+    r"|(?P<complex>too many expressions|row has \d+ items)"
 )
 
 
