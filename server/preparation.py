@@ -266,7 +266,7 @@ def _against_a_grammar(request: GenerationRequest, kind: str) -> list[Problem]:
         "allowed_token_ids": request.allowed_token_ids,
     }
     return [
-        Problem(name, f"{name} cannot be combined with {kind}: the text ends as that says.", None, "leave it out")
+        Problem(name, f"{name} cannot be combined with {kind}, where the grammar says when the text ends.", None, "leave it out")
         for name, value in given.items()
         if value
     ]
