@@ -265,8 +265,9 @@ def _against_a_grammar(request: GenerationRequest, kind: str) -> list[Problem]:
         "ignore_eos": request.ignore_eos,
         "allowed_token_ids": request.allowed_token_ids,
     }
+    why = "where the grammar says when the text ends"
     return [
-        Problem(name, f"{name} cannot be combined with {kind}, where the grammar says when the text ends.", None, "leave it out")
+        Problem(name, f"{name} cannot be combined with {kind}, {why}.", None, "leave it out")
         for name, value in given.items()
         if value
     ]
