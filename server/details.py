@@ -60,4 +60,4 @@ class DetailReader:
 
     def _token(self, token_id: int) -> Token:
         data = self._text.token_bytes(token_id)
-        return Token(token_id, data.decode("utf-8", "replace"), data)
+        return Token(token_id, data.decode("utf-8", "replace"), data, self._text.is_special(token_id))

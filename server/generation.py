@@ -121,11 +121,15 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token by itself: its id, its bytes and, of those that are no whole characters, U+FFFD as text."""
+    """A token by itself: its id, its bytes and, of those that are no whole characters, U+FFFD as text.
+
+    special: a token of the model's own, which `skip_special_tokens` leaves out of the text.
+    """
 
     id: int
     text: str
     data: bytes
+    special: bool = False
 
 
 @dataclass(frozen=True, slots=True)

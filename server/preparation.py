@@ -91,7 +91,9 @@ class Preparation:
             message = "This model's chat template knows no tools: tool_choice may be required, or a function."
             found.append(Problem("tools", message, None, "[]"))
         if request.grammar is not None:
-            found += _against_a_grammar(request)
+            found += _against_a_grammar(request, request.grammar[0])
+        elif self._calls_as_declared(request) is not None:
+            found += _against_a_grammar(request, "tools of which one must be called, or that are strict")
         if request.messages is not None:
             if text.template is None:
                 message = "This model has no chat template: send the whole text as `prompt`."
@@ -149,8 +151,10 @@ class Preparation:
                 found = await loop.run_in_executor(self.compiler, compile_grammar, kind, value)
             except GrammarProblem as problem:
                 code: ErrorCode = "unsupported_grammar" if problem.unsupported else "invalid_request"
-                param = kind if request.grammar is not None else "tools"
-                raise Refusal(code, [Problem(param, f"{problem}", None, "another grammar")]) from problem
+                found_in = Problem(kind, f"{problem}", None, "another grammar")
+                if request.grammar is None:
+                    found_in = Problem("tools", f"tools: their {problem}", None, "other parameters of the functions")
+                raise Refusal(code, [found_in]) from problem
             self.compiled[key] = found
             if len(self.compiled) > MAX_COMPILED:
                 del self.compiled[next(iter(self.compiled))]
@@ -253,17 +257,17 @@ class Preparation:
         return tuple(found)
 
 
-def _against_a_grammar(request: GenerationRequest) -> list[Problem]:
+def _against_a_grammar(request: GenerationRequest, kind: str) -> list[Problem]:
     """What would end an output before its grammar does, or leave it nothing: whatever stops is a match."""
-    kind = request.grammar[0] if request.grammar is not None else ""
     given = {
         "stop": request.stop,
         "stop_token_ids": request.stop_token_ids,
         "ignore_eos": request.ignore_eos,
         "allowed_token_ids": request.allowed_token_ids,
     }
+    why = "where the grammar says when the text ends"
     return [
-        Problem(name, f"{name} cannot be combined with {kind}, which says when the text ends.", None, "leave it out")
+        Problem(name, f"{name} cannot be combined with {kind}, {why}.", None, "leave it out")
         for name, value in given.items()
         if value
     ]

@@ -7,14 +7,16 @@ preemption, a failed step or a new engine change nothing.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import llguidance
 import numpy as np
 import numpy.typing as npt
 
-from server.engine.grammar_limits import grammar_limits
+from server.engine.grammar_limits import NO_SPECIAL_NAMES, grammar_limits
 
 MAX_CACHED = 64
 
@@ -59,7 +61,7 @@ class Grammars:
         self._vocab_size = vocab_size
         try:
             self._tokenizer = llguidance.LLTokenizer(
-                tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids) or None
+                _without_names(tokenizer_json), n_vocab=vocab_size, eos_token=list(eos_token_ids) or None
             )
         except Exception as error:  # the library raises what it likes
             raise GrammarError(f"grammars cannot be used with this tokenizer: {_one_line(str(error))}") from error
@@ -71,13 +73,37 @@ class Grammars:
         if fresh is None:
             fresh = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=grammar_limits())
             if fresh.is_error():
-                raise GrammarError(_one_line(fresh.get_error()))
+                error = fresh.get_error()
+                raise GrammarError(NO_SPECIAL_NAMES if "unknown special token" in error else _one_line(error))
             self._compiled[grammar] = fresh
             if len(self._compiled) > MAX_CACHED:
                 self._compiled.popitem(last=False)
         else:
             self._compiled.move_to_end(grammar)
         return Matcher(fresh.deep_copy(), self._vocab_size)
+
+
+def _without_names(tokenizer_json: str) -> str:
+    """The tokenizer with special tokens that no text spells.
+
+    Where a grammar leaves one text only, llguidance takes the tokens that the tokenizer makes of it. That would be the
+    special token where the text is the name of one: nothing, to a reader, instead of the text that was asked for.
+    """
+    tokenizer: dict[str, Any] = json.loads(tokenizer_json)
+    hidden = {
+        token["content"]: f"\uffff{token['id']}\uffff"
+        for token in tokenizer.get("added_tokens", ())
+        if token.get("special")
+    }
+    for token in tokenizer.get("added_tokens", ()):
+        token["content"] = hidden.get(token["content"], token["content"])
+    model = tokenizer.get("model", {})
+    vocab = model.get("vocab")
+    if isinstance(vocab, dict):
+        model["vocab"] = {hidden.get(name, name): token_id for name, token_id in vocab.items()}
+    elif isinstance(vocab, list):  # Unigram: pairs of a token and its score
+        model["vocab"] = [[hidden.get(name, name), score] for name, score in vocab]
+    return json.dumps(tokenizer)
 
 
 def _one_line(text: str) -> str:

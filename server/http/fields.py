@@ -35,7 +35,8 @@ class Words:
     """What is said of the inside of a parameter.
 
     items    parameter -> what each of its items must be
-    members  parameter -> its members, or those of its items, and what each must be
+    members  parameter -> its members, or those of its items, and what each must be; members of members by a path
+             with dots
     """
 
     items: Mapping[str, str] = field(default_factory=dict)
@@ -118,23 +119,22 @@ def _translate(kind: type[BaseModel], words: Words, location: tuple[int | str, .
     allowed = allowed_of(kind.model_fields[name])
     if len(location) == 1:
         return must_be(name, value, allowed)
-    if isinstance(location[1], int):
-        param = f"{name}[{location[1]}]"
-        if len(location) == 2:
-            if name == "stop" and value == "" and location[1] == 0:
-                return must_be(param, value, allowed)
-            return must_be(param, value, words.items.get(name, "valid"))
-        member = short(str(location[2]))
-    else:
-        param = name
-        member = short(str(location[1]))
-    members = words.members.get(name, {})
-    param = f"{param}.{member}"
+    param, path = name, ""
+    for part in location[1:]:
+        param += f"[{part}]" if isinstance(part, int) else f".{short(part)}"
+        path += "" if isinstance(part, int) else f".{short(part)}"
+    if not path:
+        if name == "stop" and value == "" and location[1] == 0:
+            return must_be(param, value, allowed)
+        return must_be(param, value, words.items.get(name, "valid"))
+    members, path = words.members.get(name, {}), path[1:]
     if error == "missing":
-        return Problem(param, f"{param} is missing.", None, members.get(member))
+        return Problem(param, f"{param} is missing.", None, members.get(path))
     if error == "extra_forbidden":
-        nearest = _nearest(member, list(members))
+        above, _, member = path.rpartition(".")
+        siblings = [each.rpartition(".")[2] for each in members if each.rpartition(".")[0] == above]
+        nearest = _nearest(member, siblings)
         hint = f" Did you mean {nearest}?" if nearest else ""
-        whole = "a message" if name == "messages" else name
-        return Problem(param, f"{param} is not a member of {whole}.{hint}", value, " and ".join(members))
-    return must_be(param, value, members.get(member, "valid"))
+        whole = param.rpartition(".")[0] if above else "a message" if name == "messages" else name
+        return Problem(param, f"{param} is not a member of {whole}.{hint}", value, " and ".join(siblings))
+    return must_be(param, value, members.get(path, "valid"))

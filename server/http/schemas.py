@@ -159,7 +159,7 @@ class GenerateBody(BaseModel):
     skip_special_tokens: bool | None = parameter("true or false", "leaves them out of the text", shown="true")
     add_special_tokens: bool | None = parameter("true or false", "to a `prompt`", shown="true")
     truncate_prompt_tokens: int | None = parameter(
-        "an integer from 1",
+        "an integer from 1 to 2147483647",
         "keeps that many tokens of the prompt, the last ones; nothing is truncated unasked",
         ge=1,
         lt=2**31,
@@ -194,10 +194,10 @@ class GenerateBody(BaseModel):
 
 WORDS = Words(
     items={
-        "prompt_token_ids": "a token id: an integer from 0",
-        "stop_token_ids": "a token id: an integer from 0",
+        "prompt_token_ids": "a token id in the vocabulary, an integer from 0",
+        "stop_token_ids": "a token id in the vocabulary, an integer from 0",
         "stop": "a string of 1 to 256 characters",
-        "allowed_token_ids": "a token id: an integer from 0",
+        "allowed_token_ids": "a token id in the vocabulary, an integer from 0",
         "choice": "a non-empty string",
         "bad_words": "a string of 1 to 256 characters",
         "messages": "an object with `role` and `content`",

@@ -53,7 +53,10 @@ class DetokenizeBody(BaseModel):
 
 
 _WORDS = Words(
-    items={"messages": "an object with `role` and `content`", "tokens": "a token id: an integer from 0"},
+    items={
+        "messages": "an object with `role` and `content`",
+        "tokens": "a token id in the vocabulary, an integer from 0",
+    },
     members={"messages": MESSAGE_MEMBERS},
 )
 

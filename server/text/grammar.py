@@ -12,7 +12,7 @@ from typing import Any
 
 import llguidance
 
-from server.engine.grammar_limits import grammar_limits
+from server.engine.grammar_limits import NO_SPECIAL_NAMES, grammar_limits
 from server.generation import GrammarKind
 
 MAX_CHARACTERS = 64 * 1024
@@ -31,6 +31,7 @@ SCHEMA_OPTIONS: dict[str, Any] = {
 _UNSUPPORTED = re.compile(
     r"Unimplemented keys: (?P<keys>\[.*?\])|(?P<format>Unknown format: \S+)|(?P<oneof>oneOf constraints)"
     r"|(?P<look>look-around|lookarounds)|(?P<reference>is not present in a registry)"
+    r"|(?P<complex>too many expressions|row has \d+ items)"
 )
 
 
@@ -58,7 +59,7 @@ def compile_grammar(kind: GrammarKind, value: Any) -> str:
     failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(made, limits=limits)
     if failed:
         raise _problem(kind, messages[0] if messages else "it is not valid")
-    _check_not_empty(kind, made, limits)
+    _check_begin(kind, made, limits)
     return made
 
 
@@ -73,18 +74,28 @@ def _make(kind: GrammarKind, value: Any) -> str:
     return llguidance.LLMatcher.grammar_from_lark(f"start: {alternatives}")
 
 
-def _check_not_empty(kind: GrammarKind, made: str, limits: llguidance.LLParserLimits) -> None:
-    """Refuse what no text at all matches, as far as its first byte shows."""
+def _check_begin(kind: GrammarKind, made: str, limits: llguidance.LLParserLimits) -> None:
+    """Refuse what no text at all matches, as far as its first byte shows, and what costs too much to begin with."""
     matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), made, log_level=0, limits=limits)
     allowed = matcher.compute_bitmask()
     if matcher.is_error() and "special_token" not in matcher.get_error():
         raise _problem(kind, matcher.get_error())
-    if not any(allowed):
+    first = next(
+        (position * 8 + (bits & -bits).bit_length() - 1 for position, bits in enumerate(allowed) if bits), None
+    )
+    if first is None:
         raise GrammarProblem(f"{kind} matches no text.", False)
+    # Having spent all that it may, it says so only when it is asked to go on.
+    if not matcher.consume_token(first):
+        raise _problem(kind, matcher.get_error())
 
 
 def _problem(kind: GrammarKind, message: str) -> GrammarProblem:
     found = _UNSUPPORTED.search(message)
+    if "unknown special token" in message:
+        return GrammarProblem(f"{kind} is not valid: {NO_SPECIAL_NAMES}.", False)
+    if "NoExtensionBias" in message:
+        return GrammarProblem(f"{kind} matches no text.", False)
     if found is None:
         return GrammarProblem(f"{kind} is not valid: {_one_line(message)}", False)
     if found["keys"]:
@@ -95,7 +106,11 @@ def _problem(kind: GrammarKind, message: str) -> GrammarProblem:
     if found["look"]:
         return GrammarProblem(f"{kind} uses what is not supported: look-around.", True)
     if found["reference"]:
-        return GrammarProblem(f"{kind} uses what is not supported: a $ref to another document.", True)
+        return GrammarProblem(f"{kind} uses what is not supported: another document, by $ref or $schema.", True)
+    if found["complex"]:
+        return GrammarProblem(
+            f"{kind} is too complex: with fewer repetitions or alternatives it may be supported.", True
+        )
     return GrammarProblem(f"{kind} uses what is not supported: {_one_line(message)}.", True)
 
 

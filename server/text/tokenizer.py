@@ -54,6 +54,7 @@ class ModelText:
         self._token_bytes = token_bytes_of(self._tokenizer, decoder)
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {token.content: (token_id, token) for token_id, token in added.items() if token.special}
+        self._special_ids = frozenset(token_id for token_id, _ in self._special.values())
         # Longest first: the alternatives of a pattern are tried in order.
         contents = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, contents))) if contents else None
@@ -136,6 +137,10 @@ class ModelText:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token in the middle of a text; of one outside the vocabulary none."""
         return self._token_bytes(token_id)
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether `skip_special_tokens` leaves it out."""
+        return token_id in self._special_ids
 
     def detokenizer(self, skip_special_tokens: bool = True, continues: bool = False) -> Detokenizer:
         """A fresh incremental decoder. `continues`: text precedes, so a first leading space is part of the text."""

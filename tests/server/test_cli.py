@@ -260,16 +260,21 @@ def test_log_lines_are_json_and_hold_no_prompt(tmp_path: Path) -> None:
             assert set(line) >= {"time", "level", "request", "method", "route", "status", "ms"}
         assert requests[0]["finish_reasons"] == ["length"]
         assert requests[0]["prompt_tokens"] > 0
-        assert requests[3]["params"] == ["temperature"]
-        assert requests[5]["outcome"] == "context_length_exceeded"
-        assert requests[7]["id"] == "mine"
+        assert [line["params"] for line in requests if line.get("params")] == [
+            ["temperature"],
+            ["prompt"],
+            ["request_id"],
+        ]
+        assert "context_length_exceeded" in [line.get("outcome") for line in requests]
+        assert "mine" in [line.get("id") for line in requests]
 
 
 def test_with_keys_other_machines_may_come(tmp_path: Path) -> None:
     """An address that they can reach, a key that is made while the server runs, and a file that breaks."""
     path = tmp_path / "keys.toml"
     first = create_key(path, "first", ["infer"], {})
-    with launched(tmp_path, "--host", "0.0.0.0", "--api-keys", str(path), "--log-format", "json") as server:
+    flags = ("--host", "0.0.0.0", "--api-keys", str(path), "--log-format", "json", "--deadline-ms", "60000")
+    with launched(tmp_path, *flags) as server:
 
         def status(key: str, route: str = "/info") -> int:
             return server.client.get(server.url + route, headers={"Authorization": f"Bearer {key}"}).status_code
@@ -277,6 +282,8 @@ def test_with_keys_other_machines_may_come(tmp_path: Path) -> None:
         assert server.get("/info").status_code == 401
         assert server.get("/docs").status_code == 401
         assert (status(first), status(first, "/metrics"), status(first, "/docs")) == (200, 403, 404)
+        info = server.client.get(server.url + "/info", headers={"Authorization": f"Bearer {first}"}).json()
+        assert info["defaults"]["deadline_ms"] == 60000
         second = create_key(path, "second", ["admin"], {})
         wait_for(lambda: status(second) == 200)
         path.write_text("broken")

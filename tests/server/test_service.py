@@ -259,6 +259,9 @@ def test_answers_hold_no_path(tmp_path: Path) -> None:
 # Refusals
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
 @pytest.mark.parametrize(
     ("request_", "param"),
     [
@@ -269,6 +272,8 @@ def test_answers_hold_no_path(tmp_path: Path) -> None:
         (ids_request([5], stop_token_ids=(VOCABULARY,)), "stop_token_ids"),
         (ids_request([5], logit_bias={VOCABULARY: 1.0}), "logit_bias"),
         (GenerationRequest(messages=({"role": "pirate", "content": "x"},)), "messages[0].role"),
+        (ids_request([5], tools=(TOOL,), tool_choice="required", allowed_token_ids=(5,)), "allowed_token_ids"),
+        (ids_request([5], tools=(TOOL,), tool_choice="function:f", stop=("x",)), "stop"),
     ],
 )
 def test_problems_that_need_no_tokens(tmp_path: Path, request_: GenerationRequest, param: str) -> None:
@@ -457,9 +462,12 @@ def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: 
         # One runs for long: the next one waits for its place, and its time passes.
         running = asyncio.create_task(collect(service, ids_request([6], max_new_tokens=100, ignore_eos=True)))
         await asyncio.sleep(0.05)
-        with pytest.raises(Refusal) as caught:
+        service._drain_rate = DrainRate()  # else it is told at once how long a place may take
+        began = time.monotonic()
+        with pytest.raises(Refusal, match="before the first token") as caught:
             await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=150))
         assert (caught.value.code, caught.value.problems[0].param) == ("deadline", "deadline_ms")
+        assert time.monotonic() - began > 0.14
         # Places have become free every ten seconds lately: nobody is kept waiting to be told.
         now = time.monotonic()
         service._drain_rate = DrainRate()

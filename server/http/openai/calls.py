@@ -72,6 +72,7 @@ async def _read(
         show=Show.of(first),
         echo=first.echo,
         own_id=first.request_id is not None,
+        skips_special=first.skip_special_tokens,
     )
 
     def events() -> AsyncIterator[Event]:

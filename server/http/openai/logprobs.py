@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 import msgspec
 
-from server.generation import Token, TokenLogprobs
+from server.generation import PromptLogprobs, Token, TokenLogprobs
 
 
 class _TopToken(msgspec.Struct, frozen=True):
@@ -53,16 +54,63 @@ def chat_logprobs(items: Sequence[TokenLogprobs]) -> ChatLogprobs:
     )
 
 
-def text_logprobs(items: Sequence[TokenLogprobs | None], first: Token | None, offset: int) -> TextLogprobs:
-    """The style of completions. None: the prompt's first token, `first`, which nothing predicts. offset: characters of
-    the text before these tokens."""
-    offsets: list[int] = []
-    tokens = [first if item is None else item.token for item in items]
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text) if token is not None else 0
+class TextOffsets:
+    """Where the tokens of one choice begin in its text, in characters. Owns how far they have come.
+
+    Special tokens that are left out of the text take no room in it, nor does what is no whole character yet.
+    """
+
+    def __init__(self, skip_special_tokens: bool) -> None:
+        self._skips = skip_special_tokens
+        self._at = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of_prompt(self, tokens: Sequence[Token], text: str) -> list[int]:
+        """Of a prompt that is echoed as `text`: as it was sent, so it may lack tokens that were put around it."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._at)
+            new = self._decoder.decode(token.data)
+            if text.startswith(new, self._at):
+                self._at += len(new)
+        self._decoder.reset()
+        return offsets
+
+    def of(self, tokens: Sequence[Token]) -> list[int]:
+        """Of the next tokens of the output."""
+        offsets = []
+        for token in tokens:
+            offsets.append(self._at)
+            if not (self._skips and token.special):
+                self._at += len(self._decoder.decode(token.data))
+        return offsets
+
+
+def prompt_text_logprobs(prompt: PromptLogprobs, text: str, offsets: TextOffsets) -> TextLogprobs:
+    """Those of a prompt that is echoed as `text`, in the style of completions. Nothing predicts its first token."""
+    tokens = [prompt.first if item is None else item.token for item in prompt.tokens]
+    return _text_logprobs(tokens, prompt.tokens, offsets.of_prompt(tokens, text))
+
+
+def text_logprobs(items: Sequence[TokenLogprobs], offsets: TextOffsets) -> TextLogprobs:
+    """Those of the next tokens of the output, in the style of completions."""
+    tokens = [item.token for item in items]
+    return _text_logprobs(tokens, items, offsets.of(tokens))
+
+
+def joined(first: TextLogprobs, second: TextLogprobs) -> TextLogprobs:
+    """Both as one."""
     return TextLogprobs(
-        ["" if token is None else token.text for token in tokens],
+        first.tokens + second.tokens,
+        first.token_logprobs + second.token_logprobs,
+        first.top_logprobs + second.top_logprobs,
+        first.text_offset + second.text_offset,
+    )
+
+
+def _text_logprobs(tokens: Sequence[Token], items: Sequence[TokenLogprobs | None], offsets: list[int]) -> TextLogprobs:
+    return TextLogprobs(
+        [token.text for token in tokens],
         [None if item is None else item.logprob for item in items],
         [None if item is None else _top(item) for item in items],
         offsets,

@@ -219,12 +219,21 @@ MESSAGE_MEMBERS = {
     "content": _TEXT,
     "name": "1 to 64 characters",
     "tool_calls": "up to 128 calls, each an object with `id`, `type` and `function`",
+    "tool_calls.id": "up to 128 characters",
+    "tool_calls.type": '"function"',
+    "tool_calls.function": "an object with `name` and `arguments`",
+    "tool_calls.function.name": "1 to 64 characters",
+    "tool_calls.function.arguments": "a string: JSON",
     "tool_call_id": "up to 128 characters",
     "reasoning_content": "a string",
 }
 FORMAT_MEMBERS = {
     "type": "one of text, json_object, json_schema",
     "json_schema": "an object with `name` and `schema`, and perhaps `description` and `strict`",
+    "json_schema.name": "1 to 64 characters",
+    "json_schema.description": "a string",
+    "json_schema.schema": "an object: a JSON schema",
+    "json_schema.strict": "true or false",
 }
 WORDS = Words(
     items={
@@ -235,7 +244,14 @@ WORDS = Words(
         "messages": MESSAGE_MEMBERS,
         "stream_options": {"include_usage": "true or false"},
         "response_format": FORMAT_MEMBERS,
-        "tools": {"type": '"function"', "function": "an object with `name`, and perhaps `description`, `parameters`"},
+        "tools": {
+            "type": '"function"',
+            "function": "an object with `name`, and perhaps `description`, `parameters`",
+            "function.name": "1 to 64 letters, digits, dots, dashes and underscores",
+            "function.description": "up to 4096 characters",
+            "function.parameters": "an object: a JSON schema",
+            "function.strict": "true or false",
+        },
     },
 )
 
@@ -279,7 +295,7 @@ def parse_chat(body: Mapping[str, Any]) -> ParsedCall:
         own.append(Problem("top_logprobs", "top_logprobs needs logprobs to be true.", valid.top_logprobs, "null"))
     request = dataclasses.replace(
         parsed.request,
-        messages=messages_of(valid.messages or []),
+        messages=None if valid.messages is None else messages_of(valid.messages),
         logprobs=(valid.top_logprobs or 0) if valid.logprobs else None,
         chat=True,
     )
@@ -360,7 +376,12 @@ def messages_of(messages: list[ChatMessage]) -> tuple[dict[str, Any], ...]:
 
 def with_format(request: GenerationRequest, wanted: ResponseFormat | None) -> tuple[GenerationRequest, list[Problem]]:
     """The request with the grammar of its `response_format`."""
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
+        return request, []
+    if wanted.json_schema is not None and wanted.type != "json_schema":
+        text = f"response_format.json_schema needs the type json_schema, not {wanted.type}."
+        return request, [Problem("response_format.json_schema", text, None, "leave it out")]
+    if wanted.type == "text":
         return request, []
     if request.grammar is not None:
         text = f"response_format cannot be combined with {request.grammar[0]}."
@@ -434,7 +455,7 @@ def _prompts(sent: Any) -> tuple[list[dict[str, Any]], Problem | None]:
     if type(sent[0]) is int:
         wrong = _no_token_id(sent)
         if wrong is not None:
-            return nothing, must_be(f"prompt[{wrong}]", sent[wrong], "a token id: an integer from 0")
+            return nothing, must_be(f"prompt[{wrong}]", sent[wrong], "a token id in the vocabulary, an integer from 0")
         return [{"prompt_token_ids": tuple(sent)}], None
     if len(sent) > MAX_PROMPTS:
         return nothing, must_be("prompt", sent, f"up to {MAX_PROMPTS} prompts")
@@ -447,7 +468,7 @@ def _prompts(sent: Any) -> tuple[list[dict[str, Any]], Problem | None]:
         wrong = None if isinstance(prompt, str) else _no_token_id(prompt)
         if wrong is not None:
             where = f"prompt[{position}][{wrong}]"
-            return nothing, must_be(where, prompt[wrong], "a token id: an integer from 0")
+            return nothing, must_be(where, prompt[wrong], "a token id in the vocabulary, an integer from 0")
     if texts:
         return [{"prompt": prompt} for prompt in sent], None
     return [{"prompt_token_ids": tuple(prompt)} for prompt in sent], None

@@ -22,7 +22,15 @@ from server.generation import (
     Usage,
 )
 from server.http.errors import error_object
-from server.http.openai.logprobs import ChatLogprobs, TextLogprobs, chat_logprobs, text_logprobs
+from server.http.openai.logprobs import (
+    ChatLogprobs,
+    TextLogprobs,
+    TextOffsets,
+    chat_logprobs,
+    joined,
+    prompt_text_logprobs,
+    text_logprobs,
+)
 from server.http.sse import AnswerBuilder, Show, prompt_logprobs, shown
 
 _TOOL_CALLS = "tool_calls"
@@ -36,6 +44,7 @@ class Shape:
 
     num_choices   of all prompts; choices_per_prompt: of each
     show, echo    what there is beside text, and whether the text begins with the prompt
+    skips_special whether special tokens are left out of the text
     own_id        the request's own id, which is not given a prefix
     """
 
@@ -47,6 +56,7 @@ class Shape:
     show: Show
     echo: bool
     own_id: bool
+    skips_special: bool = True
     created: int = field(default_factory=lambda: int(time.time()))
 
     def id_of(self, started: Started) -> str:
@@ -150,7 +160,7 @@ class ChunkWriter:
         self._object = "chat.completion.chunk" if shape.chat else "text_completion"
         # Where the usage was asked for, every other chunk says that it is not the one.
         self._no_usage: UnsetType | None = None if shape.include_usage else UNSET
-        self._offsets: dict[int, int] = {}  # characters of each choice's tokens so far
+        self._offsets: dict[int, TextOffsets] = {}  # of each choice that has begun
         self._prompts: dict[int, PromptLogprobs] = {}
 
     def started(self, event: Started) -> bytes:
@@ -187,14 +197,16 @@ class ChunkWriter:
             return self._chunk(choice)
         logprobs = None
         if show.logprobs:
-            offset = self._offsets.get(event.index, 0)
             prompt = self._prompts.get(event.index - event.index % self._shape.choices_per_prompt)
-            # The prompt's text comes without tokens, once, before everything else.
-            if self._shape.echo and prompt is not None and not event.token_ids:
-                logprobs = text_logprobs(prompt.tokens, prompt.first, 0)
+            offsets = self._offsets.get(event.index)
+            begins = offsets is None
+            if offsets is None:
+                offsets = self._offsets[event.index] = TextOffsets(self._shape.skips_special)
+            # The prompt's text comes once, before everything else of the choice.
+            if begins and prompt is not None:
+                logprobs = prompt_text_logprobs(prompt, event.text, offsets)
             else:
-                logprobs = text_logprobs(event.logprobs, None, offset)
-            self._offsets[event.index] = offset + sum(map(len, logprobs.tokens))
+                logprobs = text_logprobs(event.logprobs, offsets)
         return self._chunk(_TextChoice(event.index, event.text, logprobs, token_ids=ids, explain=explain))
 
     def prompt(self, event: PromptLogprobs) -> bytes:
@@ -293,9 +305,10 @@ class BodyBuilder(AnswerBuilder):
                 continue
             logprobs = None
             if shape.show.logprobs:
-                echoed = prompt if shape.echo else None
-                all_items = (*echoed.tokens, *items) if echoed is not None else items
-                logprobs = text_logprobs(all_items, echoed.first if echoed is not None else None, 0)
+                offsets = TextOffsets(shape.skips_special)
+                echoed = prompt_text_logprobs(prompt, output.text, offsets) if shape.echo and prompt else None
+                logprobs = text_logprobs(items, offsets)
+                logprobs = joined(echoed, logprobs) if echoed is not None else logprobs
             found = UNSET if shape.echo and shape.show.logprobs else found
             choices.append(_TextChoice(output.index, output.text, logprobs, *rest, found))
         kind = "chat.completion" if shape.chat else "text_completion"

@@ -116,6 +116,21 @@ def test_a_grammar_wins_over_what_would_leave_it_nothing() -> None:
     assert "grammar" in {c.removed_by for c in output.details.explanations[0].candidates}
 
 
+@pytest.mark.parametrize("name", ["<|user|>", "<|end|>"])
+def test_a_text_that_is_the_name_of_a_special_token_is_written_as_text(name: str) -> None:
+    """And not as that token, which no reader sees; as `<[id]>` a grammar may have it."""
+    for grammar, whole in (
+        (compile_grammar("choice", [name]), name),
+        (compile_grammar("json_schema", {"const": name}), f'"{name}"'),
+    ):
+        parts = run_all(core(), [Request(1, prompt("x"), SamplingParams(20, temperature=0.0, grammar=grammar))])[1]
+        assert (written(tokens_of(parts)), parts[-1].finish_reason) == (whole, FinishReason.STOP)
+    numbered = SamplingParams(1, temperature=0.0, grammar=compile_grammar("grammar", "start: <[4]>"))
+    assert tokens_of(run_all(core(), [Request(1, prompt("x"), numbered)])[1]) == [4]
+    with pytest.raises(AdmissionError, match="by its id"):
+        core().add(Request(1, [5], SamplingParams(3, grammar=f"start: {name}")))
+
+
 def test_grammars_that_cannot_be_used_are_refused() -> None:
     for grammar in ("nonsense", compile_grammar("regex", "a"), ""):
         without = make_core(tales_model())

@@ -17,18 +17,22 @@ from server.generation import (
     Event,
     GenerationRequest,
     Problem,
+    PromptLogprobs,
     Refusal,
     Started,
     TextDelta,
+    Token,
+    TokenLogprobs,
     ToolCallDelta,
 )
-from server.http.openai.schemas import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED
+from server.http.openai.schemas import CHAT_UNSUPPORTED, COMPLETION_UNSUPPORTED, parse_chat
 from tests.server.http.scripted import ServerThread, completed, endless, never
 from tests.server.http.wire import Connection, post, wait_for
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: dict[str, dict[str, Any]] = {CHAT: {"messages": MESSAGES}, COMPLETIONS: {"prompt": "Once"}}
+CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 USAGE = {
     "prompt_tokens": 3,
     "completion_tokens": 2,
@@ -244,6 +248,36 @@ def test_tools_formats_and_logprobs(
     assert request == dataclasses.replace(plain, **asked)
 
 
+def scored(token_id: int, data: bytes, special: bool = False) -> TokenLogprobs:
+    return TokenLogprobs(Token(token_id, data.decode("utf-8", "replace"), data, special), -1.0, ())
+
+
+async def echoing(request: GenerationRequest) -> AsyncIterator[Event]:
+    """Echoes "A fé" behind a token of its own, then says " ¿x" around another, and last what it had held back."""
+    begin = Token(1, "<s>", b"<s>", True)
+    yield Started("gen-1", "tiny", 7)
+    yield PromptLogprobs(0, begin, (None, *(scored(5, piece) for piece in (b"A", b" f", b"\xc3", b"\xa9"))))
+    yield TextDelta(0, "A fé", ())
+    yield TextDelta(0, " ", (6,), (scored(6, b" \xc2"),))
+    yield TextDelta(0, "¿", (7, 1), (scored(7, b"\xbf"), scored(1, b"<s>", True)))
+    yield TextDelta(0, "", (8,), (scored(8, b"x"),))
+    yield TextDelta(0, "x", ())
+    yield ChoiceFinished(0, FinishReason.DEADLINE)
+    yield completed()
+
+
+def test_offsets_are_of_the_text_and_the_prompt_comes_once(client: httpx.Client, server: ServerThread) -> None:
+    server.service.script = echoing
+    asked = BODIES[COMPLETIONS] | {"echo": True, "logprobs": 0}
+    (choice,) = client.post(COMPLETIONS, json=asked).json()["choices"]
+    assert choice["text"] == "A fé ¿x"
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 3, 3, 4, 5, 6, 6]
+    *chunks, _ = chunks_of(client.post(COMPLETIONS, json=asked | {"stream": True}))
+    parts = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+    for name, whole in choice["logprobs"].items():
+        assert [item for part in parts if part is not None for item in part[name]] == whole
+
+
 async def calling(request: GenerationRequest) -> AsyncIterator[Event]:
     """Thinks, speaks and calls twice, in pieces."""
     yield Started("gen-1", "tiny", 7)
@@ -348,7 +382,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function"),
     (CHAT, {"tools": [{"type": "retrieval", "function": {"name": "f"}}]}, "tools[0].type"),
-    (CHAT, {"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
     (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools"),
     (CHAT, {"tool_choice": "required"}, "tool_choice"),
     (CHAT, {"tool_choice": "f"}, "tool_choice"),
@@ -366,6 +400,18 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
     (CHAT, {"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
     (CHAT, {"stream": True, "stream_options": True}, "stream_options"),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [CALL | {"index": 0}]}]},
+        "messages[0].tool_calls[0].index",
+    ),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name"),
+    (
+        CHAT,
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        "response_format.json_schema.name",
+    ),
+    (CHAT, {"response_format": {"type": "text", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
     (COMPLETIONS, {"prompt": None}, "prompt"),
     (COMPLETIONS, {"prompt": 5}, "prompt"),
     (COMPLETIONS, {"prompt": []}, "prompt"),
@@ -382,6 +428,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"messages": MESSAGES}, "messages"),
     (COMPLETIONS, {"max_completion_tokens": 5}, "max_completion_tokens"),
 ]
+
+
+def test_messages_that_are_refused_are_not_told_to_be_missing_as_well() -> None:
+    parsed = parse_chat({"messages": [{"role": "user", "content": None}]})
+    assert parsed.requests[0].messages is None
+    assert [problem.param for problem in parsed.problems] == ["messages[0].content"]
 
 
 @pytest.mark.parametrize(("path", "sent", "param"), REFUSED, ids=lambda value: str(value)[:40])
