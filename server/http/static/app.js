@@ -32,7 +32,8 @@ const seed = () => (seedField.value === "" ? undefined : Number(seedField.value)
 function bodyOf(name) {
   const [asked, stops] = prompt.request();
   const body = { ...asked, ...toRequest(settings[name]) };
-  if (stops.length && !body.ignore_eos) body.stop = [...new Set([...(body.stop ?? []), ...stops])];
+  // A text of a form ends by itself, and only there.
+  if (stops.length && !body.ignore_eos && !settings[name].form) body.stop = [...new Set([...(body.stop ?? []), ...stops])];
   if (seed() !== undefined) body.seed = seed();
   return body;
 }
@@ -63,6 +64,7 @@ const next = new NextToken(
     if (opened) return;
     inspector.show(null);
     const [title, advice] = explainError(error);
+    tellControls(error);
     byId("draw-words").replaceChildren(element("span", { class: "problem" }, `${title}. ${advice}`));
     byId("draw").dataset.source = "nobody";
   },
@@ -122,7 +124,7 @@ function announce(text) {
 }
 
 async function generate() {
-  if (runs.length) return;
+  if (runs.length || !controls.readable()) return;
   showError(null);
   if (!byId("keep").checked || seed() === undefined) drawSeed();
   openToken(null);
@@ -178,13 +180,17 @@ function showParting() {
 
 let told = null;
 
+/** Says what is wrong at the controls that it is wrong with, and returns these problems. */
+const tellControls = (error) =>
+  error.details.filter(({ param, message }) => controls.setProblem(param?.split(/[.[]/)[0], message));
+
 function showError(error) {
   told = error;
   const box = byId("error");
   box.hidden = !error;
   if (!error) return box.replaceChildren();
   const [title, advice] = explainError(error);
-  const named = error.details.filter(({ param, message }) => controls.setProblem(param?.split(/[.[]/)[0], message));
+  const named = tellControls(error);
   const others = error.details.filter((detail) => !named.includes(detail) && detail.message !== error.message);
   const list = others.length ? element("ul", {}, ...others.map(({ message }) => element("li", {}, message))) : null;
   const retry = element("button", { type: "button", click: generate }, "Try again");
@@ -262,7 +268,7 @@ byId("compare").addEventListener("change", () => {
 });
 
 const code = new CodeDialog(bodyOf);
-byId("copy").addEventListener("click", () => code.open(editing, comparing ? NAMES : [editing]));
+byId("copy").addEventListener("click", () => controls.readable() && code.open(editing, comparing ? NAMES : [editing]));
 
 // --- the rest -----------------------------------------------------------------------------------------------------
 
