@@ -86,7 +86,7 @@ def _check_not_empty(kind: GrammarKind, made: str, limits: llguidance.LLParserLi
 def _problem(kind: GrammarKind, message: str) -> GrammarProblem:
     found = _UNSUPPORTED.search(message)
     if found is None:
-        return GrammarProblem(f"{kind} is not valid: {_one_line(message)}", False)
+        return GrammarProblem(f"{kind} is not valid: {_reason(message)}", False)
     if found["keys"]:
         names = ", ".join(json.loads(found["keys"]))
         return GrammarProblem(f"{kind} uses what is not supported: {names}.", True)
@@ -97,6 +97,17 @@ def _problem(kind: GrammarKind, message: str) -> GrammarProblem:
     if found["reference"]:
         return GrammarProblem(f"{kind} uses what is not supported: a $ref to another document.", True)
     return GrammarProblem(f"{kind} uses what is not supported: {_one_line(message)}.", True)
+
+
+def _reason(message: str) -> str:
+    """What llguidance says was wrong, and in which line and column; not the text that it repeats around that."""
+    inner = re.search(r"^error: (.+)$", message, re.MULTILINE)
+    first = re.match(r"(?:at )?(?P<line>\d+)\((?P<column>\d+)\): (?P<what>.+)", message)
+    if inner is not None:
+        return f"{_one_line(inner[1])}."
+    if first is not None:
+        return f"line {first['line']}, column {first['column']}: {_one_line(first['what'])}."
+    return _one_line(message)
 
 
 def _one_line(text: str) -> str:

@@ -48,8 +48,10 @@ export class Controls {
 
   /** Shows these settings; changes go into the same object. */
   load(settings) {
+    const others = settings !== this.settings;
     this.settings = settings;
     for (const [name, row] of this.rows) {
+      if (row.unreadable && !others) continue; // being written
       row.set(settings[name]);
       row.unreadable = false;
       this.setProblem(name, null);

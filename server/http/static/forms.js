@@ -42,6 +42,9 @@ export const FORMS = {
 
 const NONE = "The text may be anything. With a form, only tokens are drawn that can still lead to a text of it.";
 
+/** Whether a request asks for a form. */
+export const isFormed = (body) => Object.keys(FORMS).some((kind) => kind in body);
+
 /** What was written, as the request has it. Throws Error with what is wrong, for the person who wrote it. */
 export function parseForm(kind, text) {
   if (kind === "choice") return text.split("\n").filter(Boolean);
@@ -94,5 +97,5 @@ export function formRow(parameter, row, described, names, changed, wrong) {
     if (value) drafts[value.kind] = value.text;
     show(value?.kind ?? "");
   };
-  return [element("div", { class: "head" }, element("label", { for: described.id }, ...names), select), area];
+  return [element("div", { class: "head" }, element("label", { for: described.id }, ...names)), select, area];
 }

@@ -51,7 +51,7 @@ export const GROUPS = [
         "So many texts of the same prompt, each drawn for itself."),
     ],
   },
-  { title: "Form", parameters: [form("form", "The text is")] },
+  { title: "Form of the text", parameters: [form("form", "The text is")] },
   {
     title: "Single tokens",
     parameters: [
