@@ -57,7 +57,8 @@ export function runFigures(name, outcome) {
 export function followRuns(root, runs) {
   const began = performance.now();
   const tell = () => {
-    const first = runs.map(({ outcome }) => outcome.firstMs);
+    const first = runs.filter(({ outcome }) => !outcome.error).map(({ outcome }) => outcome.firstMs);
+    if (!first.length) return;
     const seconds = Math.floor((performance.now() - began) / 1000);
     const waited = seconds ? `: ${plural(seconds, "second")}` : "…";
     const words = first.includes(null) ? `Waiting for the first token${waited}` : `The first token came after ${first.map(duration).join(" and ")}…`;
