@@ -46,7 +46,7 @@ project)
   pip_into "$environment" install --no-deps "$wheels"/stet-*.whl
   "$environment/bin/python" -c 'from kernels.cpu.native import library; library()'
   "$environment/bin/python" -c 'from server.http.page import page_files; page_files()'
-  "$environment/bin/stet" plan stet-tales > /dev/null
+  "$environment/bin/python" -c 'from models.hub import BUILT_IN_MODELS as models; (models["stet-tales"] / "model.safetensors").stat()'
   "$environment/bin/stet" version
   ;;
 loadtest)
