@@ -95,6 +95,8 @@ def spawned(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=None if environment is None else os.environ | dict(environment),
+            # Ctrl-C on a terminal is for who started it, which ends the server below when it is done with it.
+            start_new_session=True,
         )
         try:
             yield RunningServer(process, "127.0.0.1", port, started, ready_path)

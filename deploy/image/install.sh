@@ -4,7 +4,7 @@
 #   deploy/image/install.sh build-tools                 what the project is built with, into this Python
 #   deploy/image/install.sh wheel FOLDER                the project as a wheel, with its compiled CPU kernels
 #   deploy/image/install.sh dependencies ENV cpu|gpu    a virtual environment with what `stet serve` needs
-#   deploy/image/install.sh project ENV FOLDER          the wheel into it, and a check that its kernels load
+#   deploy/image/install.sh project ENV FOLDER          the wheel into it, and a check that all is in it
 #   deploy/image/install.sh loadtest ENV                a virtual environment with what the load tests need
 #
 # Variables: TORCH_INDEX, the index that PyTorch is taken from (empty: pip's own); EXTRAS, extras of the project beside
@@ -45,6 +45,8 @@ project)
   environment=$2 wheels=$3
   pip_into "$environment" install --no-deps "$wheels"/stet-*.whl
   "$environment/bin/python" -c 'from kernels.cpu.native import library; library()'
+  "$environment/bin/python" -c 'from server.http.page import page_files; page_files()'
+  "$environment/bin/python" -c 'from models.hub import BUILT_IN_MODELS as models; (models["stet-tales"] / "model.safetensors").stat()'
   "$environment/bin/stet" version
   ;;
 loadtest)

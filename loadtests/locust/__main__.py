@@ -16,6 +16,7 @@ from loadtests.locust.scenarios import SCENARIOS
 from loadtests.processes import ROOT, running_server
 
 OUT = ROOT / "build" / "loadtests"
+PAGE = "http://127.0.0.1:8089"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,12 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--serve", metavar="FLAGS", default="", help="of the server that is started, as one word")
     parser.add_argument(
-        "--ui", action="store_true", help="locust's page on http://127.0.0.1:8089 instead of a headless run"
+        "--ui", action="store_true", help=f"locust's page on {PAGE} instead of a headless run; Ctrl-C ends it"
     )
     parser.add_argument("--out", type=Path, default=OUT, help="folder of SCENARIO.html and SCENARIO.md")
     flags, more = parser.parse_known_args(arguments)
     flags.out.mkdir(parents=True, exist_ok=True)
     page = flags.out / flags.scenario
+    for ending in ("md", "html"):
+        Path(f"{page}.{ending}").unlink(missing_ok=True)
     command = [sys.executable, "-m", "locust", "-f", str(ROOT / "loadtests" / "locust" / "locustfile.py")]
     command += ["--scenario", flags.scenario, "--report", f"{page}.md", "--html", f"{page}.html"]
     command += ["--web-host", "127.0.0.1"] if flags.ui else ["--headless", "--only-summary"]
@@ -43,9 +46,23 @@ def main(arguments: list[str] | None = None) -> int:
             server = stack.enter_context(running_server(flags.serve.split(), log=flags.out / "server.log"))
             server.wait_ready(600.0)
             host = server.url
-        code = subprocess.run([*command, "--host", host], cwd=ROOT, check=False).returncode
-    print(f"{page}.md\n{page}.html")
+        if flags.ui:
+            print(f"Start on {PAGE}; Ctrl-C here ends locust and writes the report.", flush=True)
+        code = _run([*command, "--host", host])
+    # Where the page was opened and nothing started, there is no report.
+    written = [path for path in (Path(f"{page}.md"), Path(f"{page}.html")) if path.exists()]
+    print(*written, sep="\n")
     return code
+
+
+def _run(command: list[str]) -> int:
+    """Locust's exit code. Ctrl-C reaches it too, and is how its page is ended: its report is waited for."""
+    with subprocess.Popen(command, cwd=ROOT) as locust:
+        while True:
+            try:
+                return locust.wait()
+            except KeyboardInterrupt:
+                continue
 
 
 if __name__ == "__main__":

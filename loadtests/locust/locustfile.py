@@ -44,10 +44,11 @@ LIMITS = {"ttft_p99": "ms", "itl_p99": "ms", "failures": "share", "refused": "sh
 
 @events.init_command_line_parser.add_listener
 def _add_flags(parser: LocustArgumentParser) -> None:
-    group = parser.add_argument_group("Stet")
     names = list(SCENARIOS)
-    group.add_argument("--scenario", choices=names, default="steady", env_var="STET_SCENARIO", help=", ".join(names))
-    group.add_argument("--api", choices=DIALECTS, default="chat", env_var="STET_API", help="what requests are sent to")
+    # These two can be chosen on locust's page as well: it shows what belongs to the parser itself, and to no group.
+    parser.add_argument("--scenario", choices=names, default="steady", env_var="STET_SCENARIO", help="what users do")
+    parser.add_argument("--api", choices=DIALECTS, default="chat", env_var="STET_API", help="what requests are sent to")
+    group = parser.add_argument_group("Stet")
     group.add_argument("--report", default="", env_var="STET_REPORT", help="write the result to this file as Markdown")
     for name, unit in LIMITS.items():
         text = f"{unit}; instead of the scenario's own threshold"

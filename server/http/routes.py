@@ -36,8 +36,8 @@ GENERATING = ("/generate", COMPLETIONS, CHAT)
 PAGE = "/"
 PAGE_FILES = (
     *("style.css", "icon.svg"),
-    *("app.js", "api.js", "code.js", "controls.js", "dom.js", "filters.js", "inspector.js", "next.js", "output.js"),
-    *("panel.js", "parameters.js", "prompt.js", "run.js", "server.js", "snippets.js", "words.js"),
+    *("app.js", "api.js", "code.js", "controls.js", "dom.js", "filters.js", "forms.js", "inspector.js", "next.js"),
+    *("output.js", "panel.js", "parameters.js", "prompt.js", "run.js", "server.js", "snippets.js", "words.js"),
 )
 PAGE_PATHS = {PAGE: "index.html", **{f"/static/{name}": name for name in PAGE_FILES}}
 

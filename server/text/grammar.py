@@ -97,7 +97,7 @@ def _problem(kind: GrammarKind, message: str) -> GrammarProblem:
     if "NoExtensionBias" in message:
         return GrammarProblem(f"{kind} matches no text.", False)
     if found is None:
-        return GrammarProblem(f"{kind} is not valid: {_one_line(message)}", False)
+        return GrammarProblem(f"{kind} is not valid: {_reason(message)}", False)
     if found["keys"]:
         names = ", ".join(json.loads(found["keys"]))
         return GrammarProblem(f"{kind} uses what is not supported: {names}.", True)
@@ -112,6 +112,17 @@ def _problem(kind: GrammarKind, message: str) -> GrammarProblem:
             f"{kind} is too complex: with fewer repetitions or alternatives it may be supported.", True
         )
     return GrammarProblem(f"{kind} uses what is not supported: {_one_line(message)}.", True)
+
+
+def _reason(message: str) -> str:
+    """What llguidance says was wrong, and in which line and column; not the text that it repeats around that."""
+    inner = re.search(r"^error: (.+)$", message, re.MULTILINE)
+    first = re.match(r"(?:at )?(?P<line>\d+)\((?P<column>\d+)\): (?P<what>.+)", message)
+    if inner is not None:
+        return f"{_one_line(inner[1])}."
+    if first is not None:
+        return f"line {first['line']}, column {first['column']}: {_one_line(first['what'])}."
+    return _one_line(message)
 
 
 def _one_line(text: str) -> str:

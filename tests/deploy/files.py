@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import dockerfile
@@ -77,6 +78,48 @@ def lineage(name: str) -> list[Stage]:
     while name in known:
         found.append(known[name])
         name = known[name].base
+    return found
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Absolute paths that a stage holds beyond its base image: whence in the repository, or "" where a step made it."""
+
+    origin: dict[str, str]
+
+    def holds(self, path: str) -> bool:
+        for parent in (PurePosixPath(path), *PurePosixPath(path).parents):
+            source = self.origin.get(str(parent))
+            if source is not None:
+                return source == "" or (ROOT / source / PurePosixPath(path).relative_to(parent)).exists()
+        return any(PurePosixPath(path) in PurePosixPath(held).parents for held in self.origin)
+
+
+def contents(name: str) -> Contents:
+    """What a stage and those below it put there. Raises AssertionError if an instruction needs what is not there."""
+    found, folder = Contents({}), "/"
+    for stage in reversed(lineage(name)):
+        for instruction, flags, words in stage.instructions:
+            if instruction == "WORKDIR":
+                folder = words[0]
+            elif instruction == "COPY":
+                *sources, target = words
+                place = posixpath.normpath(posixpath.join(folder, target))
+                for source in sources:
+                    if flags:
+                        assert contents(flags[0].removeprefix("--from=")).holds(source), f"{name}: {source}"
+                        found.origin[place] = ""
+                    else:
+                        into = target.endswith("/") and not source.endswith("/")
+                        found.origin[posixpath.join(place, source) if into else place] = source
+            elif instruction == "RUN":
+                for script, step, rest in re.findall(r"(\S+\.sh) ([\w-]+)(.*)", words[0]):
+                    assert found.holds(posixpath.join(folder, script)), f"{name}: {script}"
+                    places = [word for word in rest.split() if word.startswith("/")]
+                    for place in places:
+                        # The last step finds what the ones before it have made.
+                        assert step != "project" or found.holds(place), f"{name}: {place}"
+                        found.origin[place] = ""
     return found
 
 

@@ -68,6 +68,26 @@ def test_the_stages_hang_together() -> None:
 
 
 @pytest.mark.parametrize("image", IMAGES)
+def test_an_image_holds_what_it_runs(image: str) -> None:
+    held, environment = files.contents(image), files.image_environment(image)
+    programs = environment["PATH"].split(":")[0]
+    assert held.holds(programs)
+    for stage in files.lineage(image):
+        for flags, words in stage.of("COPY"):
+            assert not flags or words[0] == words[1], "a virtual environment names its own place"
+    if "PYTHONPATH" in environment:
+        source = (ROOT / "loadtests" / "locust" / "locustfile.py").read_text()
+        for module in re.findall(r"^from ((?:loadtests|server)[\w.]*) import", source, re.MULTILINE):
+            path = f"{environment['PYTHONPATH']}/{module.replace('.', '/')}"
+            assert held.holds(path) or held.holds(f"{path}.py"), module
+    workdir = Path(files.last(image, "WORKDIR")[0])
+    commands = [files.last(image, "ENTRYPOINT"), files.last(image, "CMD")]
+    commands += [words for stage in files.lineage(image) for _, words in stage.of("HEALTHCHECK")]
+    for word in (word for words in commands for word in words if "/" in word and "://" not in word):
+        assert held.holds(str(workdir / word)), word
+
+
+@pytest.mark.parametrize("image", IMAGES)
 def test_no_image_runs_as_root(image: str) -> None:
     assert re.fullmatch(r"[1-9]\d+:[1-9]\d+", files.last(image, "USER")[0])
 

@@ -47,6 +47,25 @@ def test_the_rules_unit_tests() -> None:
     assert all("SUCCESS" in each for each in said)
 
 
+def test_the_windows_are_those_of_the_names_and_the_budgets_are_burnt_as_written() -> None:
+    """Of a burn rate each factor, window and `and` matters, and no unit test could try every one of them."""
+    expressions = {rule.get("alert") or rule["record"]: " ".join(rule["expr"].split()) for rule in files.rules()}
+    for name, expression in expressions.items():
+        if window := re.search(r":rate(\w+)$", name):
+            assert set(re.findall(r"\[(\w+)\]", expression)) == {window[1]}, name
+    objectives = {
+        "StetErrors": ("stet:error_ratio", "0.001"),
+        "StetSlowFirstToken": ("stet:slow_first_token_ratio", "0.01"),
+        "StetSlowTokens": ("stet:slow_inter_token_ratio", "0.01"),
+    }
+    for alert, (ratio, budget) in objectives.items():
+        fast, faster = f"> 6 * {budget}", f"> 14.4 * {budget}"
+        assert expressions[f"{alert}BurnFast"] == (
+            f"{ratio}:rate1h {faster} and {ratio}:rate5m {faster} or {ratio}:rate6h {fast} and {ratio}:rate30m {fast}"
+        )
+        assert expressions[f"{alert}BurnSlow"] == f"{ratio}:rate3d > {budget} and {ratio}:rate6h > {budget}"
+
+
 def test_every_alert_has_a_unit_test_and_a_page_in_the_runbook() -> None:
     tested = "".join(file.read_text() for file in (files.DEPLOY / "prometheus" / "tests").glob("*.yml"))
     runbook = (files.ROOT / "docs" / "operations.md").read_text()

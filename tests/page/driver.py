@@ -18,6 +18,15 @@ def field(page: Page, name: str, value: Any) -> None:
     control.fill(str(value))
 
 
+def choose_form(page: Page, kind: str, text: str | None = None) -> None:
+    """What the text must be; "" is anything."""
+    control = page.locator("#parameter-form")
+    control.evaluate("element => element.closest('details').open = true")
+    control.select_option(kind)
+    if text is not None:
+        page.locator("#parameter-form-text").fill(text)
+
+
 def keep_seed(page: Page, seed: int) -> None:
     page.locator("#seed").fill(str(seed))
 

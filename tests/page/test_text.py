@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 from playwright.sync_api import expect
 
 from tests.page.conftest import Served, Visiting, until
-from tests.page.driver import PROMPT, asked, field, generate, keep_seed, text_of
+from tests.page.driver import PROMPT, asked, choose_form, field, generate, keep_seed, text_of
 
 
 def test_each_preset_gives_the_apis_text_and_a_seed_is_kept(visit: Visiting, served: Served) -> None:
@@ -83,6 +86,28 @@ def test_every_control_reaches_the_request(visit: Visiting, served: Served) -> N
     assert asked(tab) == {"prompt": "The owl said: good night 🌙.", "seed": 11, **numbers, **lists, **flags}
     outputs = served.ask(asked(tab))["outputs"]
     assert [text, page.locator("#output-a .text").nth(1).text_content()] == [one["text"] for one in outputs]
+
+
+def test_each_form_is_kept_to(visit: Visiting, served: Served) -> None:
+    """As it stands in the control to begin with, and the ones that are written there."""
+    tab = visit()
+    page = tab.page
+    keep_seed(page, 5)
+    page.locator("#explain").uncheck()
+    for kind, text in (("json_schema", None), ("regex", None), ("grammar", None), ("choice", " wolf\n old witch\n")):
+        choose_form(page, kind, text)
+        shown = generate(page)
+        asked_for = asked(tab)
+        assert {"json_schema", "regex", "grammar", "choice"} & set(asked_for) == {kind}
+        assert shown == served.ask(asked_for)["outputs"][0]["text"]
+        expect(page.locator("#output-a .ending")).to_contain_text("complete in its form")
+        if kind == "json_schema":
+            assert list(json.loads(shown)) == ["animal", "age", "brave"]
+        elif kind == "regex":
+            assert re.fullmatch(asked_for["regex"], shown)
+        elif kind == "choice":
+            assert asked_for["choice"] == [" wolf", " old witch"]
+            assert shown in asked_for["choice"]
 
 
 def test_a_stream_can_be_stopped(visit: Visiting, served: Served) -> None:

@@ -79,6 +79,7 @@ def test_the_panel_tells_what_the_answer_told(visit: Visiting, served: Served) -
     page.locator("#parameter-ignore_eos").check()
     generate(page)
     said = served.ask(asked(tab) | {"dry_run": True})["usage"]
+    expect(page.locator("#length")).to_have_text(f"{said['prompt_tokens']} of 1,024 tokens")
     figures = page.locator("#runs").inner_text()
     assert re.search(r"First token\s+\d", figures)
     assert re.search(r"Speed\s+[\d,]+\s+tokens/s", figures)

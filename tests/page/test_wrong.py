@@ -8,11 +8,12 @@ import socket
 from playwright.sync_api import expect
 
 from tests.page.conftest import Served, Visiting, until
-from tests.page.driver import PROMPT, field, generate, text_of
+from tests.page.driver import PROMPT, choose_form, field, generate, text_of
 
 
 def test_refusals_are_told_in_words(visit: Visiting) -> None:
-    page = visit().page
+    tab = visit()
+    page = tab.page
     error = page.locator("#error")
     field(page, "top_p", 0)
     field(page, "n", -3)
@@ -26,16 +27,53 @@ def test_refusals_are_told_in_words(visit: Visiting) -> None:
     expect(page.locator("#parameter-top_p-problem")).to_be_hidden()
     field(page, "logit_bias", "seventeen")
     expect(page.locator("#parameter-logit_bias-problem")).to_contain_text("“seventeen” is not of the form")
+    asked_before = len(tab.bodies())
+    page.locator("#generate").click()
+    expect(page.locator("#parameter-logit_bias")).to_be_focused()
+    assert [body for body in tab.bodies()[asked_before:] if body.get("stream")] == [], "what cannot be read is not sent"
     field(page, "logit_bias", "")
     page.get_by_label("Prompt: a text to go on with").fill("fox " * 1500)
     page.locator("#generate").click()
     expect(error).to_contain_text("The prompt is too long")
     expect(error).to_contain_text("1024")
+    expect(page.locator("#length")).to_have_text("more than 1,024 tokens")
     page.get_by_label("Prompt: a text to go on with").fill(PROMPT)
     field(page, "max_new_tokens", 10)
     error.get_by_role("button", name="Try again").click()
     expect(page.locator("#output-a .ending")).to_contain_text("token")
     expect(error).to_be_hidden()
+
+
+def test_a_wrong_form_is_told_at_its_control(visit: Visiting) -> None:
+    page = visit().page
+    text, problem = page.locator("#parameter-form-text"), page.locator("#parameter-form-problem")
+    field(page, "n", -3)
+    page.locator("#compare").check()
+    choose_form(page, "json_schema", '{"type": "object", "not": {}}')
+    expect(problem).to_have_text("json_schema uses what is not supported: not.")
+    expect(text).to_have_attribute("aria-invalid", "true")
+    expect(page.locator("#draw-words")).to_contain_text("is said at the control that is marked")
+    text.fill('{"type": ')
+    expect(problem).to_contain_text("The schema is no JSON: ")
+    page.locator("#generate").click()
+    expect(text).to_be_focused()
+    choose_form(page, "regex", "[a-")
+    expect(problem).to_have_text("regex is not valid: unclosed character class.")
+    choose_form(page, "")
+    expect(problem).to_be_hidden()
+    # It is B that is wrong now, while A is looked at.
+    field(page, "n", 1)
+    page.get_by_label("Settings B", exact=True).check()
+    choose_form(page, "grammar", "start: nowhere")
+    page.get_by_label("Settings A", exact=True).check()
+    expect(problem).to_be_hidden()
+    field(page, "max_new_tokens", 900)
+    page.locator("#parameter-ignore_eos").check()
+    page.locator("#generate").click()
+    expect(problem).to_contain_text('unknown name: "nowhere"')
+    expect(page.get_by_label("Settings B", exact=True)).to_be_checked()
+    expect(page.locator("#stop")).to_be_enabled()
+    page.locator("#stop").click()
 
 
 def test_a_full_queue_is_told(visit: Visiting, served: Served) -> None:

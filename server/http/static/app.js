@@ -7,7 +7,7 @@ import { byId, element, segmented } from "./dom.js";
 import { ASKED, Inspector, tailOf, tokenBox } from "./inspector.js";
 import { NextToken } from "./next.js";
 import { OutputView } from "./output.js";
-import { runFigures, showServer } from "./panel.js";
+import { followRuns, runFigures, showServer } from "./panel.js";
 import { PRESETS, differences, neutral, presetOf, toRequest, withPreset } from "./parameters.js";
 import { PromptEditor } from "./prompt.js";
 import { startRun } from "./run.js";
@@ -32,7 +32,8 @@ const seed = () => (seedField.value === "" ? undefined : Number(seedField.value)
 function bodyOf(name) {
   const [asked, stops] = prompt.request();
   const body = { ...asked, ...toRequest(settings[name]) };
-  if (stops.length && !body.ignore_eos) body.stop = [...new Set([...(body.stop ?? []), ...stops])];
+  // A text of a form ends by itself, and only there.
+  if (stops.length && !body.ignore_eos && !settings[name].form) body.stop = [...new Set([...(body.stop ?? []), ...stops])];
   if (seed() !== undefined) body.seed = seed();
   return body;
 }
@@ -58,16 +59,24 @@ const next = new NextToken(
     else if (drawn) words.push("With seed ", element("strong", {}, String(seed())), " it would be ", tokenBox(drawing.candidates.find(({ id }) => id === drawing.id).text), ".");
     byId("draw-words").replaceChildren(...words);
     byId("draw").dataset.source = drawing.source;
+    if (drawing.source === "server") showLength(`${count(drawing.promptTokens)} of ${plural(server.info.context_length, "token")}`);
   },
   (error) => {
     if (opened) return;
     inspector.show(null);
     const [title, advice] = explainError(error);
-    byId("draw-words").replaceChildren(element("span", { class: "problem" }, `${title}. ${advice}`));
+    const marked = error.details.length > 0 && tellControls(error).length === error.details.length;
+    const tooLong = error.code === "context_length_exceeded";
+    if (tooLong) showLength(element("span", { class: "problem" }, `more than ${plural(server.info.context_length, "token")}`));
+    const words = tooLong ? `${title}: nothing can follow it.` : marked ? "These settings cannot be used: what is wrong is said at the control that is marked." : `${title}. ${advice}`;
+    byId("draw-words").replaceChildren(element("span", { class: "problem" }, words));
     byId("draw").dataset.source = "nobody";
   },
   () => (byId("draw").dataset.source = "asked"),
 );
+
+/** Says how long the prompt is; empty where that is not known. */
+const showLength = (words) => byId("length").replaceChildren(words);
 
 /** Asks for the next token anew, if that is what is shown. */
 function followNext() {
@@ -122,7 +131,7 @@ function announce(text) {
 }
 
 async function generate() {
-  if (runs.length) return;
+  if (runs.length || !controls.readable()) return;
   showError(null);
   if (!byId("keep").checked || seed() === undefined) drawSeed();
   openToken(null);
@@ -141,7 +150,11 @@ async function generate() {
   const watched = byId("explain").checked ? { explain: ASKED } : { logprobs: ASKED };
   runs = names.map((name) => startRun({ ...bodyOf(name), ...watched }, views[name]));
   setRunning(true);
+  const followed = followRuns(byId("runs"), runs);
+  // What fails is told at once, and not when the other text has ended; the first to fail is the one to be told of.
+  runs.forEach((run, i) => run.finished.then(({ error }) => error && !told && showFailure(names[i], error)));
   const outcomes = await Promise.all(runs.map((run) => run.finished));
+  followed();
   runs = [];
   setRunning(false);
   byId("runs").replaceChildren(...outcomes.map((outcome, i) => runFigures(comparing ? names[i] : null, outcome)));
@@ -149,11 +162,19 @@ async function generate() {
   if (failed) {
     names.forEach((name) => (byId(`pane-${name.toLowerCase()}`).hidden = !views[name].choices[0].text));
     byId("empty").hidden = names.some((name) => views[name].choices[0].text);
-    showError(failed.error);
   }
   if (comparing && !failed) showParting();
   byId("continue").hidden = prompt.mode !== "chat" || Boolean(failed) || !views.A.choices[0].text;
   showServer(byId("server"));
+}
+
+/** What is wrong with settings is said at their controls, which have to be there for that. */
+function showFailure(name, error) {
+  if (name !== editing && error.details.length) {
+    edit(name);
+    showWhich();
+  }
+  showError(error);
 }
 
 function setRunning(running) {
@@ -178,13 +199,17 @@ function showParting() {
 
 let told = null;
 
+/** Says what is wrong at the controls that it is wrong with, and returns these problems. */
+const tellControls = (error) =>
+  error.details.filter(({ param, message }) => controls.setProblem(param?.split(/[.[]/)[0], message));
+
 function showError(error) {
   told = error;
   const box = byId("error");
   box.hidden = !error;
   if (!error) return box.replaceChildren();
   const [title, advice] = explainError(error);
-  const named = error.details.filter(({ param, message }) => controls.setProblem(param?.split(/[.[]/)[0], message));
+  const named = tellControls(error);
   const others = error.details.filter((detail) => !named.includes(detail) && detail.message !== error.message);
   const list = others.length ? element("ul", {}, ...others.map(({ message }) => element("li", {}, message))) : null;
   const retry = element("button", { type: "button", click: generate }, "Try again");
@@ -243,6 +268,11 @@ function edit(name) {
   followNext();
 }
 
+function showWhich() {
+  const names = NAMES.map((name) => [name, `Settings ${name}`]);
+  byId("which").replaceChildren(segmented("which", "Settings to change", names, editing, edit));
+}
+
 function nameDifferences() {
   if (!settings.B) return;
   for (const [name, other] of [["A", "B"], ["B", "A"]]) {
@@ -257,16 +287,19 @@ byId("compare").addEventListener("change", () => {
   settings.B ??= withPreset(settings.A, presetOf(settings.A) === "creative" ? "balanced" : "creative");
   byId("which").hidden = !comparing;
   document.body.classList.toggle("comparing", comparing);
-  if (comparing) byId("which").replaceChildren(segmented("which", "Settings to change", NAMES.map((name) => [name, `Settings ${name}`]), editing, edit));
+  if (comparing) showWhich();
   edit(comparing ? editing : "A");
 });
 
 const code = new CodeDialog(bodyOf);
-byId("copy").addEventListener("click", () => code.open(editing, comparing ? NAMES : [editing]));
+byId("copy").addEventListener("click", () => controls.readable() && code.open(editing, comparing ? NAMES : [editing]));
 
 // --- the rest -----------------------------------------------------------------------------------------------------
 
-const prompt = new PromptEditor(byId("prompt"), followNext);
+const prompt = new PromptEditor(byId("prompt"), () => {
+  if (opened) showLength("");
+  followNext();
+});
 
 byId("generate").addEventListener("click", generate);
 byId("stop").addEventListener("click", stop);

@@ -1,6 +1,7 @@
 // A control for every sampling parameter, made from their definitions.
 
 import { element } from "./dom.js";
+import { FORMS, formRow } from "./forms.js";
 import { GROUPS, parseList } from "./parameters.js";
 
 /** Makes the controls in `root`. onChange(name, value) follows every change by a person. */
@@ -26,12 +27,20 @@ export class Controls {
     const described = { id, "aria-describedby": `${id}-meaning ${id}-problem` };
     const row = { parameter, problem };
     const names = [element("span", { class: "label" }, label), " ", element("code", {}, name)];
-    const made = { number: numberRow, flag: flagRow, list: listRow }[kind](parameter, row, described, names, (value) => {
-      this.setProblem(name, null);
-      this.settings[name] = value;
-      this.mark(name);
-      this.onChange(name, value);
-    });
+    const made = { number: numberRow, flag: flagRow, list: listRow, form: formRow }[kind](
+      parameter, row, described, names,
+      (value) => {
+        row.unreadable = false;
+        this.setProblem(name, null);
+        this.settings[name] = value;
+        this.mark(name);
+        this.onChange(name, value);
+      },
+      (message) => {
+        row.unreadable = true;
+        this.setProblem(name, message);
+      },
+    );
     row.root = element("div", { class: `parameter ${kind}` }, ...made, meaning, problem);
     this.rows.set(name, row);
     return row.root;
@@ -39,9 +48,12 @@ export class Controls {
 
   /** Shows these settings; changes go into the same object. */
   load(settings) {
+    const others = settings !== this.settings;
     this.settings = settings;
     for (const [name, row] of this.rows) {
+      if (row.unreadable && !others) continue; // being written
       row.set(settings[name]);
+      row.unreadable = false;
       this.setProblem(name, null);
       this.mark(name);
     }
@@ -52,16 +64,26 @@ export class Controls {
     const { badge, group } = this.rows.get(name);
     const acts = ({ kind, name: other, off }) => {
       const value = this.settings[other];
-      return kind === "number" ? off !== null && value !== off : kind === "flag" ? value : value.length > 0;
+      if (kind === "number") return off !== null && value !== off;
+      return kind === "list" ? value.length > 0 : Boolean(value);
     };
-    for (const parameter of group.parameters) this.rows.get(parameter.name).root.classList.toggle("acts", Boolean(acts(parameter)));
+    for (const parameter of group.parameters) this.rows.get(parameter.name).root.classList.toggle("acts", acts(parameter));
     const number = group.parameters.filter(acts).length;
     badge.replaceChildren(number ? `${number} on` : "");
   }
 
+  /** Whether all that is written can be sent; goes to the first control where it cannot. */
+  readable() {
+    const row = [...this.rows.values()].find(({ unreadable }) => unreadable);
+    if (!row) return true;
+    row.details.open = true;
+    row.input.focus();
+    return false;
+  }
+
   /** Says what is wrong with a parameter; null takes it back. Returns whether there is such a control. */
   setProblem(name, message) {
-    const row = this.rows.get(name);
+    const row = this.rows.get(name in FORMS ? "form" : name);
     if (!row) return false;
     row.problem.hidden = !message;
     row.problem.replaceChildren(message ?? "");
@@ -107,7 +129,7 @@ function flagRow(parameter, row, described, names, changed) {
   return [element("label", { class: "head" }, element("span", {}, ...names), row.input)];
 }
 
-function listRow(parameter, row, described, names, changed) {
+function listRow(parameter, row, described, names, changed, wrong) {
   const { form, hint } = parameter;
   row.input = element("textarea", {
     ...described, rows: "1", placeholder: hint, spellcheck: "false",
@@ -115,9 +137,7 @@ function listRow(parameter, row, described, names, changed) {
       try {
         changed(parseList(form, row.input.value));
       } catch (error) {
-        row.problem.hidden = false;
-        row.problem.replaceChildren(error.message);
-        row.input.setAttribute("aria-invalid", "true");
+        wrong(error.message);
       }
     },
   });

@@ -49,7 +49,7 @@ function typicalKeep(weights, share) {
 
 /** Whether these settings can be carried out on candidates: what changes single logits is known to the server only. */
 export function canRecompute(settings) {
-  const off = settings.repetition_penalty === 1 && !(settings.min_new_tokens > 0);
+  const off = settings.repetition_penalty === 1 && !(settings.min_new_tokens > 0) && !settings.form;
   const lists = [settings.logit_bias, settings.allowed_token_ids, settings.bad_words];
   const numbers = ["temperature", "top_k", "top_p", "min_p", "typical_p"];
   return off && lists.every((list) => list.length === 0) && numbers.every((name) => settings[name] !== null);

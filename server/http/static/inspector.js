@@ -117,8 +117,10 @@ function restWords({ candidates, tail, exact, vocabulary }, explained) {
   const mass = Math.max(0, 1 - candidates.reduce((sum, one) => sum + one.probability, 0));
   const drawn = candidates.length > ASKED ? ", and the one drawn" : "";
   const words = [`The ${count(candidates.length - (drawn ? 1 : 0))} most likely of ${count(vocabulary)} tokens${drawn}. `];
-  const before = `The other ${count(others)} together have ${percent(mass)}`;
-  words.push(explained ? `${before}, with the settings ${exact ? "" : "about "}${percent(tail)}.` : `${before}.`);
+  const number = (value) => element("span", { class: "number" }, percent(value));
+  words.push(`The other ${count(others)} together have `, number(mass));
+  if (explained) words.push(`, with the settings ${exact ? "" : "about "}`, number(tail));
+  words.push(".");
   return words;
 }
 

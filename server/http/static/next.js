@@ -59,7 +59,8 @@ export class NextToken {
       if (this.wanted === question) {
         this.wanted = null;
         const tail = tailOf(draw.candidates);
-        this.onDrawing({ ...draw, tail, exact: true, vocabulary, seeded: body.seed !== undefined, source: "server" });
+        const told = { tail, exact: true, vocabulary, seeded: body.seed !== undefined, source: "server" };
+        this.onDrawing({ ...draw, ...told, promptTokens: answer.usage.prompt_tokens });
       }
     } catch (error) {
       if (!(error instanceof ApiError)) throw error;

@@ -1,6 +1,7 @@
 // Text as it streams in, token by token, each shaded by how likely the model found it.
 
 import { element } from "./dom.js";
+import { isFormed } from "./forms.js";
 import { ending, percent, plural, spoken } from "./words.js";
 
 /** One token: what the server told of it, and the span that shows its text (shared where texts overlap). */
@@ -17,7 +18,7 @@ class Choice {
   constructor(view, index) {
     Object.assign(this, { view, index, tokens: [], text: "", waiting: [], unshown: "", spoken: "", finish: null });
     this.body = element("div", { class: "text", role: "group", "aria-label": `Text ${index + 1}` });
-    this.end = element("p", { class: "ending" });
+    this.end = element("p", { class: "ending", dir: "ltr" });
     this.root = element("div", { class: "choice" }, this.body, this.end);
     this.body.addEventListener("click", (event) => this.open(event.target.closest(".token")));
     this.body.addEventListener("keydown", (event) => this.onKey(event));
@@ -138,7 +139,7 @@ export class OutputView {
     if (event.index === undefined) return;
     const choice = this.choices[event.index];
     choice.add(event);
-    if (event.finish_reason) this.sayEnd(choice, ending(event.finish_reason, event.stop_reason));
+    if (event.finish_reason) this.sayEnd(choice, ending(event.finish_reason, event.stop_reason, isFormed(this.body)));
     else if (event.index === 0) this.saySentences(choice);
   }
 

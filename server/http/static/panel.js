@@ -53,6 +53,22 @@ export function runFigures(name, outcome) {
   );
 }
 
+/** Says what is known while `runs` are under way; returns a function that ends that. */
+export function followRuns(root, runs) {
+  const began = performance.now();
+  const tell = () => {
+    const first = runs.filter(({ outcome }) => !outcome.error).map(({ outcome }) => outcome.firstMs);
+    if (!first.length) return;
+    const seconds = Math.floor((performance.now() - began) / 1000);
+    const waited = seconds ? `: ${plural(seconds, "second")}` : "…";
+    const words = first.includes(null) ? `Waiting for the first token${waited}` : `The first token came after ${first.map(duration).join(" and ")}…`;
+    root.replaceChildren(element("p", { class: "note" }, words));
+  };
+  tell();
+  const timer = setInterval(tell, 250);
+  return () => clearInterval(timer);
+}
+
 /** What the server holds, by its metrics. */
 function serverFigures(samples) {
   const blocks = (state) => samples[`stet_kv_cache_blocks{state="${state}"}`] ?? 0;

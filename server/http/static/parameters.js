@@ -4,6 +4,8 @@
 const number = (name, label, off, range, slider, text) => ({ kind: "number", name, label, off, range, slider, text });
 const flag = (name, label, text) => ({ kind: "flag", name, label, text });
 const list = (name, label, form, hint, text) => ({ kind: "list", name, label, form, hint, text });
+// What the text must be: null, or {kind, text, value} as forms.js has it.
+const form = (name, label) => ({ kind: "form", name, label, text: "" });
 
 export const GROUPS = [
   {
@@ -49,6 +51,7 @@ export const GROUPS = [
         "So many texts of the same prompt, each drawn for itself."),
     ],
   },
+  { title: "Form of the text", parameters: [form("form", "The text is")] },
   {
     title: "Single tokens",
     parameters: [
@@ -63,7 +66,7 @@ export const PARAMETERS = GROUPS.flatMap((group) => group.parameters);
 
 /** Every parameter at the value at which it does nothing. */
 export const neutral = () => Object.fromEntries(
-  PARAMETERS.map(({ kind, name, off }) => [name, kind === "number" ? off : kind === "flag" ? false : []]),
+  PARAMETERS.map(({ kind, name, off }) => [name, { number: off, flag: false, list: [], form: null }[kind]]),
 );
 
 const CHANCE = ["temperature", "top_k", "top_p", "min_p", "typical_p"];
@@ -100,6 +103,7 @@ export function toRequest(settings) {
     const value = settings[name];
     if (kind === "number" && value !== null && (value !== off || ALWAYS_SENT.has(name))) body[name] = value;
     if (kind === "flag" && value) body[name] = true;
+    if (kind === "form" && value) body[value.kind] = value.value;
     if (kind === "list" && value.length) body[name] = form === "biases" ? Object.fromEntries(value) : value;
   }
   return body;
@@ -121,6 +125,10 @@ export function parseList(form, text) {
 /** How settings differ from others, in short: "temperature 1.2 · min_p 0.08". */
 export function differences(settings, others) {
   const differing = PARAMETERS.filter(({ name }) => JSON.stringify(settings[name]) !== JSON.stringify(others[name]));
-  const shown = (value) => (Array.isArray(value) ? (value.length ? value.join(" ") : "none") : String(value ?? "default"));
-  return differing.map(({ name }) => `${name} ${shown(settings[name])}`).join(" · ");
+  const shown = ({ kind, name }) => {
+    const value = settings[name];
+    if (kind === "form") return value ? value.kind : "no form";
+    return `${name} ${Array.isArray(value) ? (value.length ? value.join(" ") : "none") : String(value ?? "default")}`;
+  };
+  return differing.map(shown).join(" · ");
 }

@@ -48,7 +48,7 @@ function examplesMessages(examples) {
 }
 
 const textarea = (value, label, rows, onInput) => {
-  const made = element("textarea", { rows, "aria-label": label, placeholder: label, input: () => onInput(made.value) });
+  const made = element("textarea", { rows, dir: "auto", "aria-label": label, placeholder: label, input: () => onInput(made.value) });
   made.value = value;
   return made;
 };

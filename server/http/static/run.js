@@ -4,7 +4,7 @@ import { ApiError, postStream } from "./api.js";
 
 /**
  * A run that can be stopped. `view`: an object with begin(body), add(event), end(outcome).
- * finished: a promise of the outcome {usage, timings, seed, firstMs, totalMs, error, left}; it never rejects.
+ * outcome: what is known so far; finished: a promise of all of it, {usage, timings, seed, firstMs, totalMs, error, left}; it never rejects.
  */
 export function startRun(body, view) {
   const controller = new AbortController();
@@ -29,5 +29,5 @@ export function startRun(body, view) {
     view.end(outcome);
     return outcome;
   };
-  return { stop: () => controller.abort(), finished: run() };
+  return { outcome, stop: () => controller.abort(), finished: run() };
 }

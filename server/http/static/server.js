@@ -14,6 +14,9 @@ const STATES = {
   unreachable: "does not answer",
 };
 
+// So many milliseconds without an answer are none.
+const SILENCE = 5000;
+
 /** Shows it at the top of the page. onInfo(info), onLocked(error): a key is needed; onError(error). */
 export class Server {
   constructor({ onInfo, onLocked, onError }) {
@@ -75,7 +78,7 @@ export class Server {
   async check() {
     let state = "unreachable";
     try {
-      state = (await (await fetch("/readyz", { cache: "no-store" })).json()).status;
+      state = (await (await fetch("/readyz", { cache: "no-store", signal: AbortSignal.timeout(SILENCE) })).json()).status;
     } catch {
       // It stays "unreachable".
     }

@@ -50,11 +50,12 @@ export function spoken(text) {
   return text.trim();
 }
 
-/** Why an output ended. */
-export function ending(reason, stopReason) {
+/** Why an output ended. formed: whether a form said what it may be, and so where it may end. */
+export function ending(reason, stopReason, formed = false) {
   if (reason === "length") return "max_new_tokens reached";
   if (reason === "stop") {
-    return typeof stopReason === "string" ? `stopped before “${visible(stopReason)}”` : "the model ended it";
+    if (typeof stopReason === "string") return `stopped before “${visible(stopReason)}”`;
+    return formed ? "complete in its form" : "the model ended it";
   }
   const words = {
     cancelled: "cut off: the server is stopping",
