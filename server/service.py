@@ -1,7 +1,7 @@
 """One request from validated input to events. Both HTTP dialects call it; it runs without them as well.
 
-`Service` holds what lives as long as the server: places, the model's text side, draining. What happens to one request
-on its way is in `server.job`.
+`Service` holds what lives as long as the server: the model's text side, and the requests being carried out. How many
+they may be is in `server.places`, what happens to one of them on its way in `server.job`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from server.generation import (
     Usage,
 )
 from server.job import Job
+from server.places import Places
 from server.preparation import DEFAULTS, Preparation, context_of, effective_parameters
-from server.rates import DrainRate
 from server.supervisor import EngineFailed, Supervisor
 from server.text.tokenizer import ModelText, ModelTextError
 from server.version import VERSION
@@ -53,10 +53,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("stet.service")
 
 ServiceState = Literal["loading", "ready", "draining", "engine_restarting", "failed"]
-
-# A named tenant may hold so many times the places that it leaves free. So whoever floods the queue leaves a part of it,
-# and a second one a part of that, for whoever comes next (dynamic thresholds: Choudhury and Hahne, 1998).
-_PLACES_PER_FREE_PLACE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +74,7 @@ class ServiceSettings:
 
 
 class Service:
-    """Owns the places, the model's text side and the requests being carried out. One event loop.
-
-    A place is held by each choice of a request from its admission to its end; there are `max_running + max_waiting`.
-    """
+    """Owns the model's text side and the requests being carried out, and gives them their places. One event loop."""
 
     def __init__(
         self,
@@ -115,12 +108,8 @@ class Service:
         self._draining = False
         self._spent = spent
         self._tracer = tracer
-        self._places_taken = 0
-        self._places_of: dict[str, int] = {}
+        self._places = Places(self._settings.max_waiting)
         self._jobs: set[Job] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._drain_rate = DrainRate()
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(6)
 
@@ -147,7 +136,7 @@ class Service:
     @property
     def num_open(self) -> int:
         """Places taken: choices admitted and not ended."""
-        return self._places_taken
+        return self._places.taken
 
     async def start(self) -> None:
         """Start the engine and begin to load. Does not wait: see `ready`. Raises OSError."""
@@ -183,13 +172,13 @@ class Service:
         """Refuse new requests, let the open ones finish for `timeout` seconds, then end the rest as CANCELLED."""
         self._draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            await asyncio.wait_for(self._places.wait_until_free(), timeout)
         except TimeoutError:
             for job in list(self._jobs):
                 job.cancel(self._client)
             # Their readers need a moment to pass on the last event; one that does not read is not waited for.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), 1.0)
+                await asyncio.wait_for(self._places.wait_until_free(), 1.0)
 
     async def stop(self) -> None:
         """End everything at once, the engine too. `drain` first to let requests finish."""
@@ -267,7 +256,7 @@ class Service:
         if ready is None or text is None:
             return []
         found = self._preparation_of(ready, text).problems(request)
-        capacity = self._capacity(ready)
+        capacity = self._places.capacity(ready.max_running)
         if request.n > capacity:
             message = f"n must not exceed the {capacity} places of this server."
             found.append(Problem("n", message, request.n, f"1 to {capacity}"))
@@ -376,7 +365,7 @@ class Service:
                 self._client.close(mailbox)
             now = self._clock()
             if reserved:
-                self._release(request.tenant, request.n, now)
+                self._places.release(request.n, request.tenant, now)
             if job is not None:
                 self._jobs.discard(job)
                 self._spent(request.tenant, job.prompt_tokens + job.num_tokens)
@@ -435,8 +424,7 @@ class Service:
         if milliseconds is None:
             return None
         left = milliseconds / 1e3 - (self._clock() - began)
-        waiting = self._places_taken - ready.max_running
-        wait = self._drain_rate.seconds_until(waiting, self._clock()) if waiting > 0 else 0.0
+        wait = self._places.seconds_in_queue(ready.max_running, self._clock())
         if left <= 0 or (wait is not None and wait > left):
             message = f"deadline_ms is {milliseconds}{' here' if request.deadline_ms is None else ''}"
             message += f", and a place is free in about {math.ceil(wait or 0)} s." if left > 0 else ", which is over."
@@ -497,7 +485,8 @@ class Service:
         """The requests with their prompts as tokens, once all could be carried out now. Raises Refusal."""
         ready, text = self._ready()
         preparation = self._preparation_of(ready, text)
-        self._check_room(ready, sum(request.n for request in requests), requests[0].tenant)
+        places = sum(request.n for request in requests)
+        self._places.check(places, requests[0].tenant, ready.max_running, self._clock())
         seed = requests[0].seed if requests[0].seed is not None else secrets.randbelow(2**53)
         checked: list[GenerationRequest] = []
         for position, request in enumerate(requests):
@@ -527,47 +516,18 @@ class Service:
         if ready is None or self.state != "ready":
             return None
         try:
-            self._check_room(ready, 1, tenant)
+            self._places.check(1, tenant, ready.max_running, self._clock())
         except Refusal as refusal:
             return refusal
         return None
-
-    def _check_room(self, ready: Ready, places: int, tenant: str) -> None:
-        """Raise Refusal unless so many places are free, and this tenant may take them."""
-        capacity = self._capacity(ready)
-        if places > capacity:
-            message = f"The prompts' {places} choices exceed the {capacity} places of this server."
-            raise Refusal("invalid_request", [Problem("prompt", message, places, f"up to {capacity} choices")])
-        if self._places_taken + places > capacity:
-            message = f"All {capacity} places are taken ({ready.max_running} running, the rest waiting)."
-            raise Refusal("queue_full", [Problem(None, message)], self._drain_rate.wait(places, self._clock()))
-        if not tenant:
-            return
-        mine = self._places_of.get(tenant, 0) + places
-        # The first request of a tenant is not too large for a share: it would never get in.
-        if mine > places and mine > _PLACES_PER_FREE_PLACE * (capacity - self._places_taken - places):
-            message = f"This API key holds {mine - places} of {capacity} places; the others are for other keys."
-            raise Refusal("queue_full", [Problem(None, message)], self._drain_rate.wait(places, self._clock()))
 
     def _reserve(self, request: GenerationRequest) -> tuple[Ready, ModelText]:
         """Take the request's places, all or none, without a pause in which another could. Raises Refusal."""
         ready, text = self._ready()
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        self._check_room(ready, request.n, request.tenant)
-        self._places_taken += request.n
-        self._places_of[request.tenant] = self._places_of.get(request.tenant, 0) + request.n
-        self._idle.clear()
+        self._places.take(request.n, request.tenant, ready.max_running, self._clock())
         return ready, text
-
-    def _release(self, tenant: str, places: int, now: float) -> None:
-        self._places_taken -= places
-        self._places_of[tenant] -= places
-        if not self._places_of[tenant]:
-            del self._places_of[tenant]
-        self._drain_rate.freed(places, now)
-        if self._places_taken == 0:
-            self._idle.set()
 
     def _not_ready(self) -> Refusal:
         state = self.state
@@ -593,10 +553,6 @@ class Service:
             code: ErrorCode = "invalid_request" if kind is None else "unsupported_grammar"
             return Refusal(code, [Problem(kind, f"{job.error}.", None, "another grammar" if kind else None)])
         return Refusal("internal", [Problem(None, job.error or "The engine could not carry out this request.")])
-
-    def _capacity(self, ready: Ready) -> int:
-        """Places, taken or not."""
-        return ready.max_running + self._settings.max_waiting
 
     def _count(self, endpoint: str, outcome: str, job: Job | None, duration: float, now: float) -> None:
         timings = job.timings(now) if job is not None else None

@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **{f"server.engine.{name}": PURE for name in PURE_NAMES},
     "server.keys": (),
     "server.rates": (),
+    "server.places": ("server.rates", "server.generation"),
     "server.keys_command": ("server.config", "server.keys"),
     "server.planner": (
         "server.planner",
@@ -90,7 +91,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.service": (
         "server.preparation",
         "server.job",
-        "server.rates",
+        "server.places",
         "server.client",
         "server.supervisor",
         "server.text",

@@ -377,43 +377,6 @@ def test_reservation_is_atomic(tmp_path: Path) -> None:
     run(tmp_path, test, max_running=4, settings=ServiceSettings(max_waiting=6), step_seconds=0.02)
 
 
-def test_one_tenant_leaves_places_for_the_next(tmp_path: Path) -> None:
-    """Whoever holds much may not take what is left, whoever comes next may; without a name all of it may be taken."""
-
-    async def test(server: Server) -> None:
-        service = server.service
-        ready = service._supervisor.ready
-        assert ready is not None
-        capacity = service._capacity(ready)
-        taken: dict[str, int] = {}
-        for tenant in ("flood", "second", "third"):
-            request = GenerationRequest(prompt="a b", tenant=tenant)
-            taken[tenant] = 0
-
-            def fill(request: GenerationRequest, tenant: str) -> None:
-                while True:
-                    service._reserve(request)
-                    taken[tenant] += 1
-
-            with pytest.raises(Refusal) as caught:
-                fill(request, tenant)
-            assert caught.value.code == "queue_full"
-            assert caught.value.retry_after is not None
-            assert taken[tenant] > 0
-        assert taken["flood"] == capacity * 4 // 5
-        assert taken["flood"] > taken["second"] > taken["third"]
-        nobody = GenerationRequest(prompt="a b")
-        for _ in range(capacity - sum(taken.values())):
-            service._reserve(nobody)
-        with pytest.raises(Refusal, match="places are taken"):
-            service._reserve(nobody)
-        for tenant, places in (*taken.items(), ("", capacity - sum(taken.values()))):
-            service._release(tenant, places, 0.0)
-        assert (service.num_open, service._places_of) == (0, {})
-
-    run(tmp_path, test, settings=ServiceSettings(max_waiting=52))
-
-
 def test_what_was_spent_is_told_whatever_the_end(tmp_path: Path) -> None:
     spent: list[tuple[str, int]] = []
 
@@ -462,9 +425,9 @@ def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: 
         assert (caught.value.code, caught.value.problems[0].param) == ("deadline", "deadline_ms")
         # Places have become free every ten seconds lately: nobody is kept waiting to be told.
         now = time.monotonic()
-        service._drain_rate = DrainRate()
+        service._places._drain_rate = DrainRate()
         for ago in (20.0, 10.0):
-            service._drain_rate.freed(1, now - ago)
+            service._places._drain_rate.freed(1, now - ago)
         began = time.monotonic()
         with pytest.raises(Refusal) as caught:
             await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=3000))
