@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -36,7 +35,7 @@ async def announce(
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     seconds = time.monotonic() - began
     if as_text:
-        print(summary(ready, url, seconds, with_keys), file=sys.stderr, flush=True)
+        print(_summary(ready, service.model, url, seconds, with_keys), file=sys.stderr, flush=True)
         return
     identity = ready.identity
     fields = {
@@ -88,8 +87,8 @@ async def _show_progress(supervisor: Supervisor) -> None:
         await asyncio.sleep(_PROGRESS_SECONDS)
 
 
-def summary(ready: Ready, url: str, seconds: float, with_keys: bool = False) -> str:
-    """What is served and how to try it, for a person. with_keys: whether an API key is asked for."""
+def _summary(ready: Ready, model: str, url: str, seconds: float, with_keys: bool) -> str:
+    """What is served and how to try it, for a person. model: in requests; with_keys: whether a key is asked for."""
     identity = ready.identity
     phases = ", ".join(f"{name} {value:.1f}" for name, value in ready.startup_seconds.items())
     memory = ", ".join(f"{kind.replace('_', ' ')} {_size(size)}" for kind, size in ready.memory_bytes.items() if size)
@@ -115,15 +114,10 @@ def summary(ready: Ready, url: str, seconds: float, with_keys: bool = False) -> 
         "Try it:",
         f"  curl {url}/generate{key} -H 'Content-Type: application/json' \\",
         """    -d '{"prompt": "Once upon a time", "max_new_tokens": 60}'""",
-        f"OpenAI's clients: base_url {url}/v1, model {_served_name(identity.model)}; metrics: {url}/metrics",
+        f"OpenAI's clients: base_url {url}/v1, model {model}; metrics: {url}/metrics",
         "",
     ]
     return "\n".join(lines)
-
-
-def _served_name(model: str) -> str:
-    """What requests call it: of a folder, its name alone."""
-    return os.path.basename(os.path.realpath(model)) if os.path.isabs(model) or os.path.isdir(model) else model
 
 
 def _size(size: int) -> str:

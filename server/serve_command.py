@@ -12,10 +12,8 @@ import os
 import resource
 import signal
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from server.announcement import announce
 from server.config import ConfigError, check_exposure
 from server.supervisor import EngineFailed, Limits, Supervisor, spawn_engine
 
@@ -64,6 +62,8 @@ def _check_keys(settings: Settings) -> None:
     """Refuse a file of API keys that cannot be used, before anything is started. Raises ConfigError."""
     if settings.api_keys is None:
         return
+
+    from pathlib import Path
 
     from server.keys import KeysError, parse_keys, read_keys
 
@@ -122,6 +122,9 @@ async def _serve_until_stopped(
     settings: Settings, command: Sequence[str] | None, sock: socket.socket, process: EngineProcess, began: float
 ) -> None:
     """Build what serves, serve, and take it down again in the reverse order."""
+    from pathlib import Path
+
+    from server.announcement import announce
     from server.http.app import create_app
     from server.http.auth import KeyRing
     from server.http.serving import HttpServer

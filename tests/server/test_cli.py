@@ -76,7 +76,7 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_start_imports_little_before_the_engine_runs() -> None:
     code = (
-        "import sys, server.cli\n"
+        "import sys, server.cli, server.serve_command\n"
         "print(sorted({'fastapi', 'pydantic', 'uvicorn', 'prometheus_client', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
