@@ -26,7 +26,10 @@ from server.text.tools import ToolFormat, call_grammar
 # What a parameter is when neither the request nor the model's generation_config.json says.
 DEFAULTS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0}
 
+DEFAULT_MAX_NEW_TOKENS = 256  # where there is room
+
 MAX_COMPILED = 256
+_INLINE_CHARACTERS = 2048  # a text up to this long is tokenized on the event loop: a thread would take longer
 
 
 def context_of(ready: Ready) -> int:
@@ -38,17 +41,13 @@ def context_of(ready: Ready) -> int:
 class Preparation:
     """Borrows everything: the engine's limits, the model's text side, threads for long texts, and for grammars.
 
-    default_max_new_tokens  when a request does not say, and there is room
-    inline_characters       a text up to this long is tokenized on the event loop: a thread would take longer
-    compiled                grammars that were found sound lately, by what was sent
+    compiled: grammars that were found sound lately, by what was sent.
     """
 
     ready: Ready
     text: ModelText
     executor: Executor
     compiler: Executor
-    default_max_new_tokens: int
-    inline_characters: int
     compiled: dict[str, str]
 
     def problems(self, request: GenerationRequest) -> list[Problem]:
@@ -124,7 +123,7 @@ class Preparation:
 
         size = len(request.prompt or "") + sum(_content_size(message) for message in request.messages or ())
         try:
-            if size <= self.inline_characters:
+            if size <= _INLINE_CHARACTERS:
                 return encode()
             return await asyncio.get_running_loop().run_in_executor(self.executor, encode)
         except TemplateError as error:
@@ -244,7 +243,7 @@ class Preparation:
             else:
                 problem = Problem(param, message, len(prompt), f"up to {context - 1} tokens")
             raise Refusal("context_length_exceeded", [problem])
-        return wanted if wanted is not None else min(self.default_max_new_tokens, room)
+        return wanted if wanted is not None else min(DEFAULT_MAX_NEW_TOKENS, room)
 
     def _bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """Each as its tokens at the begin of a text and in the middle of one: after a space."""

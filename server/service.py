@@ -1,7 +1,7 @@
 """One request from validated input to events. Both HTTP dialects call it; it runs without them as well.
 
-`Service` holds what lives as long as the server: places, the model's text side, draining. What happens to one request
-on its way is in `server.job`.
+`Service` holds what lives as long as the server, and hands each request on: to `server.served` for what the model makes
+of it, to `server.places` for room, to `server.client` for its tokens, to `server.job` for what becomes of them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import itertools
-import json
-import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,52 +32,36 @@ from server.generation import (
     Refusal,
     Started,
     TextDelta,
-    Timings,
-    Usage,
 )
 from server.job import Job
-from server.preparation import DEFAULTS, Preparation, context_of, effective_parameters
-from server.rates import DrainRate
+from server.places import Places
+from server.preparation import DEFAULT_MAX_NEW_TOKENS, DEFAULTS, Preparation, context_of, effective_parameters
+from server.served import ServedModel
 from server.supervisor import EngineFailed, Supervisor
-from server.text.tokenizer import ModelText, ModelTextError
+from server.together import generate_all, resolve_all
 from server.version import VERSION
 
 if TYPE_CHECKING:
     from server.metrics import Metrics
     from server.tracing import Tracer
 
-logger = logging.getLogger("stet.service")
-
 ServiceState = Literal["loading", "ready", "draining", "engine_restarting", "failed"]
-
-# A named tenant may hold so many times the places that it leaves free. So whoever floods the queue leaves a part of it,
-# and a second one a part of that, for whoever comes next (dynamic thresholds: Choudhury and Hahne, 1998).
-_PLACES_PER_FREE_PLACE = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
     """What an operator may choose.
 
-    max_waiting             places in the queue, beyond the engine's max_running
-    default_max_new_tokens  when a request does not say, and there is room
-    default_deadline_ms     likewise; None: none
-    tokenizer_threads       texts tokenized at once
-    inline_characters       a text up to this long is tokenized on the event loop: a thread would take longer
+    max_waiting          places in the queue, beyond the engine's max_running
+    default_deadline_ms  when a request does not say; None: none
     """
 
     max_waiting: int = 256
-    default_max_new_tokens: int = 256
     default_deadline_ms: int | None = None
-    tokenizer_threads: int = 2
-    inline_characters: int = 2048
 
 
 class Service:
-    """Owns the places, the model's text side and the requests being carried out. One event loop.
-
-    A place is held by each choice of a request from its admission to its end; there are `max_running + max_waiting`.
-    """
+    """Owns the requests being carried out, and the state of the whole: loading, ready, draining. One event loop."""
 
     def __init__(
         self,
@@ -103,24 +83,14 @@ class Service:
         self._metrics = metrics
         self._settings = settings or ServiceSettings()
         self._clock = clock
-        self._executor = ThreadPoolExecutor(self._settings.tokenizer_threads, thread_name_prefix="tokenizer")
-        self._preparation: asyncio.Task[None] | None = None
-        self._text: ModelText | None = None
-        self._model = ""
-        self._fingerprint = ""
-        # Apart from the tokenizers', so that grammars hold up nobody else.
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-        self._grammars: dict[str, str] = {}
+        self._model = ServedModel()
+        self._loading: asyncio.Task[None] | None = None
         self._failure: EngineFailed | None = None
         self._draining = False
         self._spent = spent
         self._tracer = tracer
-        self._places_taken = 0
-        self._places_of: dict[str, int] = {}
+        self._places = Places(self._settings.max_waiting)
         self._jobs: set[Job] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._drain_rate = DrainRate()
         self._ids = itertools.count(1)
         self._id_prefix = secrets.token_hex(6)
 
@@ -135,7 +105,7 @@ class Service:
             return "failed"
         if self._supervisor.state == "restarting":
             return "engine_restarting"
-        if self._supervisor.state != "ready" or self._text is None:
+        if self._supervisor.state != "ready" or self._model.text is None:
             return "loading"
         return "ready"
 
@@ -147,34 +117,24 @@ class Service:
     @property
     def num_open(self) -> int:
         """Places taken: choices admitted and not ended."""
-        return self._places_taken
+        return self._places.taken
 
     async def start(self) -> None:
         """Start the engine and begin to load. Does not wait: see `ready`. Raises OSError."""
         await self._supervisor.start()
-        self._preparation = asyncio.create_task(self._prepare(), name="service-preparation")
+        self._loading = asyncio.create_task(self._load(), name="service-loading")
 
-    async def _prepare(self) -> None:
+    async def _load(self) -> None:
         try:
-            ready = await self._supervisor.wait_ready()
-            loop = asyncio.get_running_loop()
-            self._model = await loop.run_in_executor(self._executor, _public_name, ready.identity.model)
-            self._text = await loop.run_in_executor(self._executor, ModelText.load, Path(ready.model_path))
-            identity = json.dumps({**dataclasses.asdict(ready.identity), "model": self._model}, sort_keys=True)
-            self._fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+            await self._model.load(await self._supervisor.wait_ready())
         except EngineFailed as error:
             self._failure = error
-        except ModelTextError as error:
-            self._failure = EngineFailed(str(error), usage=True)
-        except Exception as error:
-            logger.exception("the model's text files could not be prepared")
-            self._failure = EngineFailed(f"the model's text files cannot be used: {type(error).__name__}", usage=True)
 
     async def ready(self) -> None:
         """Wait until requests are accepted. Raises EngineFailed, with one line for the operator, if they never will."""
-        if self._preparation is None:
+        if self._loading is None:
             raise RuntimeError("start() comes first")
-        await asyncio.shield(self._preparation)
+        await asyncio.shield(self._loading)
         if self._failure is not None:
             raise self._failure
         await self._supervisor.wait_ready()
@@ -183,13 +143,13 @@ class Service:
         """Refuse new requests, let the open ones finish for `timeout` seconds, then end the rest as CANCELLED."""
         self._draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            await asyncio.wait_for(self._places.wait_until_free(), timeout)
         except TimeoutError:
             for job in list(self._jobs):
                 job.cancel(self._client)
             # Their readers need a moment to pass on the last event; one that does not read is not waited for.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._idle.wait(), 1.0)
+                await asyncio.wait_for(self._places.wait_until_free(), 1.0)
 
     async def stop(self) -> None:
         """End everything at once, the engine too. `drain` first to let requests finish."""
@@ -197,18 +157,17 @@ class Service:
         for job in list(self._jobs):
             job.cancel(self._client)
         await self._supervisor.stop()
-        if self._preparation is not None:
-            self._preparation.cancel()
-            await asyncio.gather(self._preparation, return_exceptions=True)
-        self._executor.shutdown(wait=False, cancel_futures=True)
-        self._compiler.shutdown(wait=False, cancel_futures=True)
+        if self._loading is not None:
+            self._loading.cancel()
+            await asyncio.gather(self._loading, return_exceptions=True)
+        self._model.close()
 
     # What is known beforehand
 
     @property
     def model(self) -> str:
         """What the served model is called in requests and answers; "" until it is known."""
-        return self._model
+        return self._model.name
 
     @property
     def model_folder(self) -> Path | None:
@@ -224,7 +183,7 @@ class Service:
     @property
     def fingerprint(self) -> str:
         """A short hash of the identity of /info: while it stays, a request with its seed gives the same text."""
-        return self._fingerprint
+        return self._model.fingerprint
 
     @property
     def context_length(self) -> int:
@@ -234,12 +193,11 @@ class Service:
 
     def info(self) -> dict[str, Any]:
         """Identity, limits, defaults and state: the body of /info. Holds no path."""
-        ready = self._supervisor.ready
+        ready, model = self._supervisor.ready, self._model
         known: dict[str, Any] = {"state": self.state, "version": VERSION}
-        if ready is not None and self._model:
-            identity = ready.identity
-            known["model"] = self._model
-            known["identity"] = {**dataclasses.asdict(identity), "model": self._model}
+        if ready is not None and model.name:
+            known["model"] = model.name
+            known["identity"] = model.identity(ready)
             known["context_length"] = context_of(ready)
             known["vocabulary"] = ready.vocab_size
             known["limits"] = {
@@ -250,12 +208,12 @@ class Service:
             known["memory_bytes"] = ready.memory_bytes
             known["startup_seconds"] = ready.startup_seconds
             known["receipt"] = ready.receipt
-        if self._text is not None:
-            known["chat_template"] = self._text.template is not None
+        if model.text is not None:
+            known["chat_template"] = model.text.template is not None
             known["defaults"] = {
                 **DEFAULTS,
-                **self._text.generation_defaults,
-                "max_new_tokens": self._settings.default_max_new_tokens,
+                **model.text.generation_defaults,
+                "max_new_tokens": DEFAULT_MAX_NEW_TOKENS,
                 "deadline_ms": self._settings.default_deadline_ms,
             }
         known["engine"] = {"restarts": self._supervisor.restarts}
@@ -263,48 +221,47 @@ class Service:
 
     def problems(self, request: GenerationRequest) -> list[Problem]:
         """What is wrong with a request that the model's limits show without tokenizing. Empty before it is loaded."""
-        ready, text = self._supervisor.ready, self._text
-        if ready is None or text is None:
+        preparation = self._model.preparation(self._supervisor.ready)
+        if preparation is None:
             return []
-        found = self._preparation_of(ready, text).problems(request)
-        capacity = self._capacity(ready)
+        found = preparation.problems(request)
+        capacity = self._places.capacity(preparation.ready.max_running)
         if request.n > capacity:
             message = f"n must not exceed the {capacity} places of this server."
             found.append(Problem("n", message, request.n, f"1 to {capacity}"))
         return found
 
-    def _preparation_of(self, ready: Ready, text: ModelText) -> Preparation:
-        settings = self._settings
-        return Preparation(
-            ready,
-            text,
-            self._executor,
-            self._compiler,
-            settings.default_max_new_tokens,
-            settings.inline_characters,
-            self._grammars,
-        )
+    def refusal_of(self, tenant: str) -> Refusal | None:
+        """Why any request of this tenant would be refused now, whatever is in it: no place is left. None if one is, or
+        if nobody may have one yet."""
+        ready = self._supervisor.ready
+        if ready is None or self.state != "ready":
+            return None
+        try:
+            self._places.check(1, tenant, ready.max_running, self._clock())
+        except Refusal as refusal:
+            return refusal
+        return None
 
     async def tokenize(self, request: GenerationRequest) -> list[int]:
         """The ids of a request's prompt. Raises Refusal."""
-        if self._text is None:
+        preparation = self._model.preparation(self._supervisor.ready)
+        if preparation is None:
             raise self._not_ready()
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        ready, text = self._supervisor.ready, self._text
-        if ready is None:
-            raise self._not_ready()
-        return await self._preparation_of(ready, text).prompt(request)
+        return await preparation.prompt(request)
 
     def detokenize(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ids. Raises Refusal."""
         ids = tuple(token_ids)
-        if self._text is None:
+        text = self._model.text
+        if text is None:
             raise self._not_ready()
         if problems := self.problems(GenerationRequest(prompt_token_ids=ids)):
             message = problems[0].message.replace("prompt_token_ids", "tokens")
             raise Refusal("invalid_request", [dataclasses.replace(problems[0], param="tokens", message=message)])
-        return self._text.decode(ids, skip_special_tokens)
+        return text.decode(ids, skip_special_tokens)
 
     # One request
 
@@ -324,16 +281,16 @@ class Service:
         reserved = False
         trace = None if self._tracer is None else self._tracer.begin(request, endpoint, began)
         try:
-            ready, text = self._reserve(request)
+            preparation = self._ready()
+            self._take_places(request, preparation.ready)
             reserved = True
             job = Job(request, began, self._metrics) if trace is None else trace.job(self._metrics)
             self._jobs.add(job)
-            preparation = self._preparation_of(ready, text)
             prompt_ids, params = await preparation.resolve(request)
             if job.cancelled:
                 raise self._not_ready()
-            deadline = self._deadline(request, ready, began)
-            job.prepare(text, params, prompt_ids, self._clock())
+            deadline = self._deadline(request, preparation.ready, began)
+            job.prepare(preparation.text, params, prompt_ids, self._clock())
             speech = preparation.speech(request, prompt_ids)
             mailbox = job.mailbox = self._client.open(
                 prompt_ids,
@@ -352,14 +309,8 @@ class Service:
                     if job.num_tokens == 0 and (job.ended or job.refused):
                         raise self._lost_before_start(job)
                     started = True
-                    yield Started(self._answer_id(request), self._model, params.seed)
-                    prompt_logprobs = job.prompt_logprobs()
-                    if prompt_logprobs is not None:
-                        yield prompt_logprobs
-                    if request.echo:
-                        echoed = preparation.prompt_text(request, prompt_ids)
-                        for index in range(request.n):
-                            yield TextDelta(index, echoed, ())
+                    for event in self._opening(request, job, preparation, prompt_ids, params.seed):
+                        yield event
                 for event in events if speech is None else speech.split(events):
                     yield event
             yield Completed(params.seed, job.usage(), job.timings(self._clock()))
@@ -376,39 +327,33 @@ class Service:
                 self._client.close(mailbox)
             now = self._clock()
             if reserved:
-                self._release(request.tenant, request.n, now)
+                self._places.release(request.n, request.tenant, now)
             if job is not None:
                 self._jobs.discard(job)
                 self._spent(request.tenant, job.prompt_tokens + job.num_tokens)
             if outcome is None:
                 # Ended as its choices did; or its reader went away, and GeneratorExit or CancelledError passes by.
                 outcome = job.outcome if job is not None and job.ended else FinishReason.CANCELLED.value
-            self._count(endpoint, outcome, job, now - began, now)
+            self._count(endpoint, outcome, job, began, now)
             if trace is not None:
-                trace.end(self._model, outcome, job, now)
+                trace.end(self._model.name, outcome, job, now)
 
     async def dry_run(self, request: GenerationRequest, endpoint: str = "/generate") -> DryRun:
         """What a request would be: its parameters, its tokens, and how much of them is cached. Raises Refusal."""
         began = self._clock()
-        outcome: str = FinishReason.CANCELLED.value
+        outcome = "dry_run"
         try:
-            found = await self._dry_run(request)
-            outcome = "dry_run"
-        except Refusal as refusal:
-            outcome = refusal.code
-            raise
-        except Exception:
-            outcome = "internal"
+            return await self._dry_run(request)
+        except BaseException as error:
+            outcome = _outcome_of(error)
             raise
         finally:
-            self._count(endpoint, outcome, None, self._clock() - began, self._clock())
-        return found
+            self._count(endpoint, outcome, None, began, self._clock())
 
     async def _dry_run(self, request: GenerationRequest) -> DryRun:
-        ready, text = self._ready()
+        preparation = self._ready()
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        preparation = self._preparation_of(ready, text)
         prompt_ids, params = await preparation.resolve(request)
         mailbox = self._client.open(
             prompt_ids, params, tenant=request.tenant, cache_salt=request.cache_salt, dry_run=True
@@ -421,7 +366,20 @@ class Service:
             raise Refusal("internal", [Problem(None, arrival.error or "The engine could not carry out this request.")])
         cached = arrival.first.cached_tokens
         parameters = effective_parameters(params)
-        return DryRun(self._answer_id(request), self._model, parameters, tuple(prompt_ids), cached)
+        return DryRun(self._answer_id(request), self._model.name, parameters, tuple(prompt_ids), cached)
+
+    def _opening(
+        self, request: GenerationRequest, job: Job, preparation: Preparation, prompt_ids: list[int], seed: int
+    ) -> Iterator[Event]:
+        """What comes before the first new text: that it began, and of the prompt what was asked for."""
+        yield Started(self._answer_id(request), self._model.name, seed)
+        prompt_logprobs = job.prompt_logprobs()
+        if prompt_logprobs is not None:
+            yield prompt_logprobs
+        if request.echo:
+            echoed = preparation.prompt_text(request, prompt_ids)
+            for index in range(request.n):
+                yield TextDelta(index, echoed, ())
 
     def _answer_id(self, request: GenerationRequest) -> str:
         return request.request_id or f"gen-{self._id_prefix}{next(self._ids):06x}"
@@ -435,8 +393,7 @@ class Service:
         if milliseconds is None:
             return None
         left = milliseconds / 1e3 - (self._clock() - began)
-        waiting = self._places_taken - ready.max_running
-        wait = self._drain_rate.seconds_until(waiting, self._clock()) if waiting > 0 else 0.0
+        wait = self._places.seconds_in_queue(ready.max_running, self._clock())
         if left <= 0 or (wait is not None and wait > left):
             message = f"deadline_ms is {milliseconds}{' here' if request.deadline_ms is None else ''}"
             message += f", and a place is free in about {math.ceil(wait or 0)} s." if left > 0 else ", which is over."
@@ -453,121 +410,30 @@ class Service:
         """
         began = self._clock()
         try:
-            requests = await self._check_together(requests)
+            preparation = self._ready()
+            wanted = sum(request.n for request in requests)
+            self._places.check(wanted, requests[0].tenant, preparation.ready.max_running, self._clock())
+            requests = await resolve_all(requests, preparation)
         except BaseException as error:
-            outcome: str = error.code if isinstance(error, Refusal) else "internal"
-            if isinstance(error, asyncio.CancelledError):
-                outcome = FinishReason.CANCELLED.value
-            self._count(endpoint, outcome, None, self._clock() - began, self._clock())
+            self._count(endpoint, _outcome_of(error), None, began, self._clock())
             raise
-        queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(4 * len(requests))
+        together = generate_all(requests, lambda request: self.generate(request, endpoint))
+        async with contextlib.aclosing(together) as events:
+            async for event in events:
+                yield event
 
-        async def run(position: int, request: GenerationRequest) -> None:
-            try:
-                async with contextlib.aclosing(self.generate(request, endpoint)) as events:
-                    async for event in events:
-                        await queue.put((position, event))
-            except Exception as error:
-                await queue.put((position, error))
-
-        # Each takes its places and hands its tokens to the engine before it first waits, and so before any first event.
-        tasks = [asyncio.create_task(run(position, request)) for position, request in enumerate(requests)]
-        started = False
-        ends: list[Completed] = []
-        try:
-            while len(ends) < len(requests):
-                position, event = await queue.get()
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, Completed):
-                    ends.append(event)
-                elif isinstance(event, Started):
-                    if not started:
-                        yield event
-                    started = True
-                else:
-                    yield dataclasses.replace(event, index=position * requests[0].n + event.index)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        yield _sum(ends)
-
-    async def _check_together(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-        """The requests with their prompts as tokens, once all could be carried out now. Raises Refusal."""
-        ready, text = self._ready()
-        preparation = self._preparation_of(ready, text)
-        self._check_room(ready, sum(request.n for request in requests), requests[0].tenant)
-        seed = requests[0].seed if requests[0].seed is not None else secrets.randbelow(2**53)
-        checked: list[GenerationRequest] = []
-        for position, request in enumerate(requests):
-            try:
-                prompt, _ = await preparation.resolve(request)
-            except Refusal as refusal:
-                names = {name: f"{name}[{position}]" for name in ("prompt", "prompt_token_ids")}
-                problems = [
-                    dataclasses.replace(problem, param=names.get(problem.param or "", problem.param))
-                    for problem in refusal.problems
-                ]
-                raise Refusal(refusal.code, problems, refusal.retry_after) from refusal
-            checked.append(dataclasses.replace(request, prompt=None, prompt_token_ids=tuple(prompt), seed=seed))
-        return checked
-
-    def _ready(self) -> tuple[Ready, ModelText]:
+    def _ready(self) -> Preparation:
         """What generation needs. Raises Refusal unless the state is "ready"."""
-        ready, text = self._supervisor.ready, self._text
-        if self.state != "ready" or ready is None or text is None:
+        preparation = self._model.preparation(self._supervisor.ready)
+        if self.state != "ready" or preparation is None:
             raise self._not_ready()
-        return ready, text
+        return preparation
 
-    def refusal_of(self, tenant: str) -> Refusal | None:
-        """Why any request of this tenant would be refused now, whatever is in it: no place is left. None if one is, or
-        if nobody may have one yet."""
-        ready = self._supervisor.ready
-        if ready is None or self.state != "ready":
-            return None
-        try:
-            self._check_room(ready, 1, tenant)
-        except Refusal as refusal:
-            return refusal
-        return None
-
-    def _check_room(self, ready: Ready, places: int, tenant: str) -> None:
-        """Raise Refusal unless so many places are free, and this tenant may take them."""
-        capacity = self._capacity(ready)
-        if places > capacity:
-            message = f"The prompts' {places} choices exceed the {capacity} places of this server."
-            raise Refusal("invalid_request", [Problem("prompt", message, places, f"up to {capacity} choices")])
-        if self._places_taken + places > capacity:
-            message = f"All {capacity} places are taken ({ready.max_running} running, the rest waiting)."
-            raise Refusal("queue_full", [Problem(None, message)], self._drain_rate.wait(places, self._clock()))
-        if not tenant:
-            return
-        mine = self._places_of.get(tenant, 0) + places
-        # The first request of a tenant is not too large for a share: it would never get in.
-        if mine > places and mine > _PLACES_PER_FREE_PLACE * (capacity - self._places_taken - places):
-            message = f"This API key holds {mine - places} of {capacity} places; the others are for other keys."
-            raise Refusal("queue_full", [Problem(None, message)], self._drain_rate.wait(places, self._clock()))
-
-    def _reserve(self, request: GenerationRequest) -> tuple[Ready, ModelText]:
-        """Take the request's places, all or none, without a pause in which another could. Raises Refusal."""
-        ready, text = self._ready()
+    def _take_places(self, request: GenerationRequest, ready: Ready) -> None:
+        """Those of a request in which nothing is wrong that can be seen so far. Raises Refusal."""
         if problems := self.problems(request):
             raise Refusal("invalid_request", problems)
-        self._check_room(ready, request.n, request.tenant)
-        self._places_taken += request.n
-        self._places_of[request.tenant] = self._places_of.get(request.tenant, 0) + request.n
-        self._idle.clear()
-        return ready, text
-
-    def _release(self, tenant: str, places: int, now: float) -> None:
-        self._places_taken -= places
-        self._places_of[tenant] -= places
-        if not self._places_of[tenant]:
-            del self._places_of[tenant]
-        self._drain_rate.freed(places, now)
-        if self._places_taken == 0:
-            self._idle.set()
+        self._places.take(request.n, request.tenant, ready.max_running, self._clock())
 
     def _not_ready(self) -> Refusal:
         state = self.state
@@ -594,38 +460,24 @@ class Service:
             return Refusal(code, [Problem(kind, f"{job.error}.", None, "another grammar" if kind else None)])
         return Refusal("internal", [Problem(None, job.error or "The engine could not carry out this request.")])
 
-    def _capacity(self, ready: Ready) -> int:
-        """Places, taken or not."""
-        return ready.max_running + self._settings.max_waiting
-
-    def _count(self, endpoint: str, outcome: str, job: Job | None, duration: float, now: float) -> None:
+    def _count(self, endpoint: str, outcome: str, job: Job | None, began: float, now: float) -> None:
         timings = job.timings(now) if job is not None else None
-        began = job is not None and job.num_tokens > 0
+        answered = job is not None and job.num_tokens > 0
         self._metrics.request_finished(
             endpoint,
             outcome,
-            duration=duration,
-            queue=timings.queue_ms / 1e3 if timings is not None and began else None,
-            prefill=timings.prefill_ms / 1e3 if timings is not None and began else None,
-            decode=timings.decode_ms / 1e3 if timings is not None and began else None,
+            duration=now - began,
+            queue=timings.queue_ms / 1e3 if timings is not None and answered else None,
+            prefill=timings.prefill_ms / 1e3 if timings is not None and answered else None,
+            decode=timings.decode_ms / 1e3 if timings is not None and answered else None,
             prompt_tokens=job.prompt_tokens if job is not None else 0,
             generated_tokens=job.num_tokens if job is not None else 0,
             exemplar=job.exemplar if job is not None else None,
         )
 
 
-def _public_name(model: str) -> str:
-    """What a model is called in answers: its Hub id or own name, or the last part of its path; no path."""
-    path = Path(model)
-    return path.resolve().name if path.is_absolute() or path.is_dir() else model
-
-
-def _sum(ends: Sequence[Completed]) -> Completed:
-    """One end for several prompts: tokens added up; of the times, which ran side by side, the longest."""
-    usage = Usage(
-        sum(end.usage.prompt_tokens for end in ends),
-        sum(end.usage.completion_tokens for end in ends),
-        sum(end.usage.cached_tokens for end in ends),
-    )
-    times = zip(*(dataclasses.astuple(end.timings) for end in ends), strict=True)
-    return Completed(ends[0].seed, usage, Timings(*map(max, times)))
+def _outcome_of(error: BaseException) -> str:
+    """How a request ended, in the metrics, that raised this before its first event."""
+    if isinstance(error, Refusal):
+        return error.code
+    return "internal" if isinstance(error, Exception) else FinishReason.CANCELLED.value

@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **{f"server.engine.{name}": PURE for name in PURE_NAMES},
     "server.keys": (),
     "server.rates": (),
+    "server.places": ("server.rates", "server.generation"),
     "server.keys_command": ("server.config", "server.keys"),
     "server.planner": (
         "server.planner",
@@ -87,13 +88,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "server.speech": ("server.text", "server.generation"),
     "server.preparation": ("server.speech", "server.text", "server.generation", *ENGINE_WORDS),
+    "server.together": ("server.preparation", "server.generation"),
+    "server.served": ("server.preparation", "server.supervisor", "server.text", *ENGINE_WORDS),
     "server.service": (
         "server.preparation",
+        "server.served",
+        "server.together",
         "server.job",
-        "server.rates",
+        "server.places",
         "server.client",
         "server.supervisor",
-        "server.text",
         "server.metrics",
         "server.generation",
         "server.version",
@@ -128,25 +132,28 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.progress": (),
     "server.quantize": ("server.engine", "server.progress", "models", "kernels"),
     "server.evaluate": ("server.config", "server.engine", "server.progress", "server.version", "models", "kernels"),
-    "server.cli": (
+    "server.announcement": ("server.service", "server.supervisor", "server.version", "server.engine.messages"),
+    "server.serve_command": (
+        "server.announcement",
         "server.config",
         "server.keys",
+        "server.http",
+        "server.service",
+        "server.supervisor",
+        "server.metrics",
+        "server.logs",
+        "server.tracing",
+    ),
+    "server.cli": (
+        "server.config",
         "server.keys_command",
         "server.bench",
         "server.evaluate",
         "server.quantize",
         "server.planner",
-        "server.http",
-        "server.service",
+        "server.serve_command",
         "server.supervisor",
-        "server.client",
-        "server.metrics",
-        "server.logs",
         "server.version",
-        "server.text",
-        "server.tracing",
-        "server.engine.config",
-        "server.engine.messages",
     ),
 }
 
@@ -158,7 +165,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "server": ("transformers", "pickle", "multiprocessing"),
 }
 WEB = ("fastapi", "starlette", "pydantic", "uvicorn")
-WEB_ALLOWED = ("server.http", "server.config", "server.cli")
+WEB_ALLOWED = ("server.http", "server.config")
 
 
 def module_name(path: Path) -> str:
@@ -246,7 +253,7 @@ def run_python(code: str) -> str:
 
 def test_the_http_process_never_imports_torch() -> None:
     code = (
-        "import sys, server.cli, server.http.app, server.service\n"
+        "import sys, server.serve_command, server.http.app, server.service\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     assert run_python(code) == "[]"

@@ -25,7 +25,7 @@ UNPICKLERS = frozenset("pickle cPickle dill cloudpickle joblib marshal shelve mu
 NETWORK = frozenset("socket ssl http urllib httpx requests aiohttp huggingface_hub ftplib smtplib xmlrpc".split())
 MAY_USE_THE_NETWORK = {
     "models/hub.py",
-    "server/cli.py",
+    "server/serve_command.py",
     "server/supervisor.py",
     "server/engine/process.py",
     "server/http/serving.py",  # the type of a socket that is open already

@@ -7,9 +7,11 @@ import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from server.engine.config import EngineConfig
 from server.engine.messages import StepStats
@@ -20,6 +22,8 @@ from server.supervisor import Limits, Supervisor
 from tests.server.text import tokenizers as kinds
 
 FAKE_ENGINE = Path(__file__).parent / "fake_engine.py"
+TOKENIZER: Tokenizer = kinds.byte_level()
+VOCABULARY = 362  # the model's: more than its tokenizer knows
 
 
 def command(**options: Any) -> list[str]:
@@ -30,7 +34,7 @@ def command(**options: Any) -> list[str]:
 def model_folder(folder: Path) -> Path:
     """A folder with a small byte-level tokenizer and a chat template."""
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(kinds.byte_level().to_str(), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(TOKENIZER.to_str(), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": kinds.CHATML}), encoding="utf-8")
     (folder / "generation_config.json").write_text(json.dumps({"temperature": 0.5}), encoding="utf-8")
     return folder
@@ -118,7 +122,7 @@ async def serving(
 ) -> AsyncIterator[Server]:
     """A running service whose fake engine has these options."""
     options.setdefault("model_path", str(model_folder(folder / "model")))
-    options.setdefault("vocab_size", 362)
+    options.setdefault("vocab_size", VOCABULARY)
     options.setdefault("state_path", str(folder / "starts"))
     books = Books()
     config = EngineConfig(heartbeat_seconds=0.02)
@@ -132,6 +136,39 @@ async def serving(
         yield Server(service, supervisor, books)
     finally:
         await service.stop()
+
+
+Test = Callable[[Server], Coroutine[Any, Any, None]]
+
+
+def run(
+    folder: Path,
+    test: Test,
+    seconds: float = 30.0,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+    **options: Any,
+) -> None:
+    """Run a test against a service, then look whether anything is left of its requests."""
+
+    async def main() -> None:
+        async with asyncio.timeout(seconds), serving(folder, **options) as server:
+            await test(server)
+            assert server.is_clean()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(main())
+
+
+def encode(text: str) -> list[int]:
+    """The model folder's tokens of a text."""
+    ids: list[int] = TOKENIZER.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def decode(ids: list[int]) -> str:
+    """The text of tokens."""
+    text: str = TOKENIZER.decode(ids)
+    return text
 
 
 class Answer:

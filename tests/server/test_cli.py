@@ -76,7 +76,7 @@ def test_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_start_imports_little_before_the_engine_runs() -> None:
     code = (
-        "import sys, server.cli\n"
+        "import sys, server.cli, server.serve_command\n"
         "print(sorted({'fastapi', 'pydantic', 'uvicorn', 'prometheus_client', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -84,7 +84,8 @@ def test_the_start_imports_little_before_the_engine_runs() -> None:
 
 def test_the_http_process_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, server.cli, server.http.app, server.http.serving, server.service, server.metrics, server.logs\n"
+        "import sys, server.cli, server.serve_command, server.http.app, server.http.serving, server.service\n"
+        "import server.metrics, server.logs\n"
         "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -327,7 +328,8 @@ def test_a_terminal_shows_the_progress_and_then_the_summary(tmp_path: Path) -> N
 
 
 def test_where_there_is_no_terminal_a_long_start_is_logged(tmp_path: Path) -> None:
-    entry = ENTRY.replace("import json, sys", "import json, sys, server.cli\nserver.cli._PROGRESS_LOG_SECONDS = 0.1")
+    often = "import json, sys, server.announcement as shown\nshown._PROGRESS_LOG_SECONDS = 0.1"
+    entry = ENTRY.replace("import json, sys", often)
     command = [sys.executable, "-c", entry, json.dumps(fake_engine(load_seconds=30.0)), "serve", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--log-format", "json"], stderr=subprocess.PIPE, cwd=ROOT, start_new_session=True

@@ -1,67 +1,27 @@
-"""The whole way from request to events, over a real child process: texts, ends, places, crashes, cancellation."""
+"""The whole way from request to events, over a real child process: texts, places, refusals, deadlines."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvloop
-from tokenizers import Tokenizer
 
 from server.engine.request import FinishReason
 from server.generation import Completed, GenerationRequest, Refusal, Started, TextDelta
 from server.rates import DrainRate
 from server.service import ServiceSettings
-from server.supervisor import EngineFailed, Limits
-from server.text.tokenizer import ModelText
 from tests.server.fake_engine import expected_tokens
-from tests.server.harness import Answer, Server, collect, ids_request, serving
-from tests.server.text import tokenizers as kinds
+from tests.server.harness import TOKENIZER, VOCABULARY, Server, collect, decode, encode, ids_request, run
 
-TOKENIZER: Tokenizer = kinds.byte_level()
-VOCABULARY = 362
 EOS = 0  # "<|end|>"
-
-Test = Callable[[Server], Coroutine[Any, Any, None]]
-
-
-def run(
-    folder: Path,
-    test: Test,
-    seconds: float = 30.0,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-    **options: Any,
-) -> None:
-    """Run a test against a service, then look whether anything is left of its requests."""
-
-    async def main() -> None:
-        async with asyncio.timeout(seconds), serving(folder, **options) as server:
-            await test(server)
-            assert server.is_clean()
-
-    with asyncio.Runner(loop_factory=loop_factory) as runner:
-        runner.run(main())
-
-
-def encode(text: str) -> list[int]:
-    ids: list[int] = TOKENIZER.encode(text, add_special_tokens=False).ids
-    return ids
-
-
-def decode(ids: list[int]) -> str:
-    text: str = TOKENIZER.decode(ids)
-    return text
 
 
 # Text
@@ -382,43 +342,6 @@ def test_reservation_is_atomic(tmp_path: Path) -> None:
     run(tmp_path, test, max_running=4, settings=ServiceSettings(max_waiting=6), step_seconds=0.02)
 
 
-def test_one_tenant_leaves_places_for_the_next(tmp_path: Path) -> None:
-    """Whoever holds much may not take what is left, whoever comes next may; without a name all of it may be taken."""
-
-    async def test(server: Server) -> None:
-        service = server.service
-        ready = service._supervisor.ready
-        assert ready is not None
-        capacity = service._capacity(ready)
-        taken: dict[str, int] = {}
-        for tenant in ("flood", "second", "third"):
-            request = GenerationRequest(prompt="a b", tenant=tenant)
-            taken[tenant] = 0
-
-            def fill(request: GenerationRequest, tenant: str) -> None:
-                while True:
-                    service._reserve(request)
-                    taken[tenant] += 1
-
-            with pytest.raises(Refusal) as caught:
-                fill(request, tenant)
-            assert caught.value.code == "queue_full"
-            assert caught.value.retry_after is not None
-            assert taken[tenant] > 0
-        assert taken["flood"] == capacity * 4 // 5
-        assert taken["flood"] > taken["second"] > taken["third"]
-        nobody = GenerationRequest(prompt="a b")
-        for _ in range(capacity - sum(taken.values())):
-            service._reserve(nobody)
-        with pytest.raises(Refusal, match="places are taken"):
-            service._reserve(nobody)
-        for tenant, places in (*taken.items(), ("", capacity - sum(taken.values()))):
-            service._release(tenant, places, 0.0)
-        assert (service.num_open, service._places_of) == (0, {})
-
-    run(tmp_path, test, settings=ServiceSettings(max_waiting=52))
-
-
 def test_what_was_spent_is_told_whatever_the_end(tmp_path: Path) -> None:
     spent: list[tuple[str, int]] = []
 
@@ -470,9 +393,9 @@ def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: 
         assert time.monotonic() - began > 0.14
         # Places have become free every ten seconds lately: nobody is kept waiting to be told.
         now = time.monotonic()
-        service._drain_rate = DrainRate()
+        service._places._drain_rate = DrainRate()
         for ago in (20.0, 10.0):
-            service._drain_rate.freed(1, now - ago)
+            service._places._drain_rate.freed(1, now - ago)
         began = time.monotonic()
         with pytest.raises(Refusal) as caught:
             await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=3000))
@@ -498,343 +421,6 @@ def test_while_loading_requests_are_refused(tmp_path: Path) -> None:
             server.service.detokenize([1])
 
     run(tmp_path, test, wait=False, load_seconds=30.0)
-
-
-# Ends of the server
-
-
-@pytest.mark.parametrize(
-    ("options", "message", "usage"),
-    [
-        ({"fail": "no such model", "fail_usage": True}, "no such model", True),
-        ({"crash_at_load": True}, "exited with code 3", False),
-        ({"model_path": "/nonexistent"}, "no tokenizer.json", True),
-    ],
-)
-def test_a_server_that_cannot_start_says_why(
-    tmp_path: Path, options: dict[str, Any], message: str, usage: bool
-) -> None:
-    async def test(server: Server) -> None:
-        with pytest.raises(EngineFailed, match=message) as caught:
-            await server.service.ready()
-        assert caught.value.usage == usage
-        assert server.service.state == "failed"
-        assert message in (server.service.failure or "")
-        with pytest.raises(Refusal) as refused:
-            await collect(server.service, GenerationRequest(prompt="x"))
-        assert refused.value.code == "engine_restarting"
-        assert message not in refused.value.problems[0].message
-
-    run(tmp_path, test, wait=False, **options)
-
-
-def test_text_files_of_an_unexpected_shape_end_the_start_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(folder: Path) -> ModelText:
-        raise KeyError("pattern")
-
-    monkeypatch.setattr(ModelText, "load", broken)
-
-    async def test(server: Server) -> None:
-        with pytest.raises(EngineFailed, match="cannot be used: KeyError"):
-            await server.service.ready()
-        assert server.service.state == "failed"
-
-    run(tmp_path, test, wait=False)
-
-
-def test_drain_lets_requests_finish(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        task = asyncio.create_task(collect(server.service, ids_request([5], max_new_tokens=20)))
-        await asyncio.sleep(0.05)
-        draining = asyncio.create_task(server.service.drain(10.0))
-        await asyncio.sleep(0)
-        assert server.service.state == "draining"
-        with pytest.raises(Refusal) as caught:
-            await collect(server.service, ids_request([5]))
-        assert caught.value.code == "draining"
-        await draining
-        assert (await task).end.finish_reason is FinishReason.LENGTH
-
-    run(tmp_path, test, step_seconds=0.01)
-
-
-def test_drain_ends_the_rest(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        running = asyncio.create_task(collect(server.service, ids_request([5], max_new_tokens=4000)))
-        waiting = asyncio.create_task(collect(server.service, ids_request([6], max_new_tokens=4000)))
-        await asyncio.sleep(0.1)
-        began = time.monotonic()
-        await server.service.drain(0.1)
-        assert time.monotonic() - began < 0.9
-        answer = await running
-        assert answer.end.finish_reason is FinishReason.CANCELLED
-        assert answer.started is not None
-        assert answer.ids[0] == expected_tokens([5], answer.started.seed, len(answer.ids[0]), vocab_size=VOCABULARY)
-        with pytest.raises(Refusal) as caught:
-            await waiting
-        assert caught.value.code == "draining"
-        assert server.books.outcomes == {"cancelled": 1, "draining": 1}
-
-    run(tmp_path, test, step_seconds=0.01, max_running=1)
-
-
-# Crashes
-
-
-@pytest.mark.parametrize("fault", [{"crash_after": 300}, {"crash_after": 300, "crash_signal": 9}])
-def test_a_crash_changes_no_text(tmp_path: Path, fault: dict[str, Any]) -> None:
-    async def test(server: Server) -> None:
-        async def one(i: int) -> Answer:
-            prompt = [10 + i, 20]
-            answer = await collect(server.service, ids_request(prompt, seed=i, max_new_tokens=100))
-            assert answer.ids[0] == expected_tokens(prompt, i, 100, vocab_size=VOCABULARY)
-            assert answer.text == decode(answer.ids[0])
-            return answer
-
-        await asyncio.gather(*(one(i) for i in range(20)))
-        assert server.supervisor.restarts == 1
-        assert server.books.downs == 1
-        await server.settled()
-        assert server.books.delivered == 2000
-
-    run(tmp_path, test, faulty_starts=1, max_running=8, step_seconds=0.001, **fault)
-
-
-def test_new_requests_are_refused_while_the_engine_restarts(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        task = asyncio.create_task(collect(server.service, ids_request([5], max_new_tokens=50)))
-        while server.service.state == "ready":  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-        assert server.service.state == "engine_restarting"
-        with pytest.raises(Refusal) as caught:
-            await collect(server.service, ids_request([5]))
-        assert caught.value.code == "engine_restarting"
-        assert caught.value.retry_after is not None
-        assert (await task).end.finish_reason is FinishReason.LENGTH
-        await server.service.ready()
-
-    run(tmp_path, test, faulty_starts=1, crash_after=20, step_seconds=0.002)
-
-
-@pytest.mark.parametrize("position", [0, 7])
-def test_a_poison_request_ends_alone(tmp_path: Path, position: int) -> None:
-    async def test(server: Server) -> None:
-        async def innocent(i: int) -> None:
-            prompt = [10 + i]
-            answer = await collect(server.service, ids_request(prompt, seed=i, max_new_tokens=60))
-            assert answer.ids[0] == expected_tokens(prompt, i, 60, vocab_size=VOCABULARY)
-
-        async def poison() -> None:
-            if position == 0:
-                with pytest.raises(Refusal, match="went down twice") as caught:
-                    await collect(server.service, ids_request([99], max_new_tokens=60))
-                assert caught.value.code == "internal"
-                return
-            answer = await collect(server.service, ids_request([99], max_new_tokens=60))
-            assert answer.end.finish_reason is FinishReason.ERROR
-            assert len(answer.ids[0]) == position
-            assert answer.end.error is not None
-
-        await asyncio.gather(*(innocent(i) for i in range(8)), poison(), *(innocent(i) for i in range(8, 12)))
-        assert server.supervisor.restarts == 2
-        assert server.books.outcomes == {"length": 12, "error": 1}
-        await server.settled()
-
-    run(tmp_path, test, poison_token=99, poison_position=position, step_seconds=0.002)
-
-
-def test_three_crashes_a_minute_end_everything_with_the_cause(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        requests = [ids_request([i + 1], max_new_tokens=1000) for i in range(4)]
-        answers = await asyncio.gather(*(collect(server.service, request) for request in requests))
-        assert all(answer.end.finish_reason is FinishReason.ERROR for answer in answers)
-        assert server.service.state == "failed"
-        assert "exited with code 3" in (server.service.failure or "")
-        with pytest.raises(EngineFailed):
-            await server.service.ready()
-        assert server.books.outcomes == {"error": 4}
-
-    run(tmp_path, test, crash_after=100, step_seconds=0.002)
-
-
-def test_a_dozen_kills_at_random_lose_and_double_nothing(tmp_path: Path) -> None:
-    """Kills during a probation blame one request each, as they must; all others come out whole."""
-    rng = random.Random(11)
-    blamed = 0
-
-    async def test(server: Server) -> None:
-        async def one(i: int) -> str:
-            prompt = [i + 1, 7]
-            try:
-                answer = await collect(server.service, ids_request(prompt, seed=i, max_new_tokens=150))
-            except Refusal:
-                return "refused"
-            assert answer.ids[0] == expected_tokens(prompt, i, len(answer.ids[0]), vocab_size=VOCABULARY)
-            assert answer.text == decode(answer.ids[0])
-            return answer.end.finish_reason.value
-
-        client, engine_down = server.client, server.client.engine_down
-
-        def count_blame() -> None:
-            nonlocal blamed
-            blamed += client._probation is not None and client._probation.engine_id is not None
-            engine_down()
-
-        client.engine_down = count_blame
-
-        async def kill() -> None:
-            for _ in range(12):
-                await server.supervisor.wait_ready()
-                await asyncio.sleep(rng.random() * 0.05)
-                os.kill(server.supervisor.pid or 0, signal.SIGKILL)
-                while server.supervisor.state == "ready":  # noqa: ASYNC110
-                    await asyncio.sleep(0.001)
-
-        *outcomes, _ = await asyncio.gather(*(one(i) for i in range(40)), kill())
-        assert server.supervisor.restarts == 12
-        assert outcomes.count("length") == 40 - blamed
-        assert server.books.outcomes["error"] == blamed
-        await server.settled()
-
-    run(tmp_path, test, limits=Limits(tick=0.02, crashes=100), step_seconds=0.005, max_running=24)
-
-
-@pytest.mark.parametrize("fault", ["hang_after", "stop_after", "garbage_after"])
-def test_a_hang_is_a_crash(tmp_path: Path, fault: str) -> None:
-    async def test(server: Server) -> None:
-        answer = await collect(server.service, ids_request([5], seed=1, max_new_tokens=60))
-        assert answer.ids[0] == expected_tokens([5], 1, 60, vocab_size=VOCABULARY)
-        assert server.supervisor.restarts == 1
-
-    limits = Limits(tick=0.02, step=0.4, silence=0.4)
-    options: dict[str, Any] = {fault: 20}
-    run(tmp_path, test, limits=limits, faulty_starts=1, **options)
-
-
-# Readers
-
-
-def test_a_slow_reader_costs_no_memory_and_holds_nobody_up(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        prompt = [7]
-        answer = Answer()
-        slow = server.service.generate(ids_request(prompt, seed=3, max_new_tokens=4000))
-        answer.take(await anext(slow))
-        quick = await collect(server.service, ids_request([8], seed=3, max_new_tokens=4000))
-        assert quick.end.finish_reason is FinishReason.LENGTH
-        (job,) = server.service._jobs
-        assert job.mailbox is not None
-        assert len(job.mailbox._arrivals) <= 1
-        async for event in slow:
-            answer.take(event)
-        assert answer.ids[0] == expected_tokens(prompt, 3, 4000, vocab_size=VOCABULARY)
-        assert answer.text == decode(answer.ids[0])
-        assert len(answer.deltas) < 2000
-
-    run(tmp_path, test)
-
-
-async def cancelled(task: asyncio.Task[Any]) -> None:
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-
-def test_a_reader_that_leaves_in_the_middle(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        for count in (1, 2, 5):
-            events = server.service.generate(ids_request([5], max_new_tokens=4000))
-            for _ in range(count):
-                await anext(events)
-            await events.aclose()
-            assert server.is_clean()
-        assert server.books.outcomes == {"cancelled": 3}
-        await asyncio.sleep(0.05)
-        assert server.books.balanced
-        assert server.books.discarded["abort"] > 0
-
-    run(tmp_path, test, step_seconds=0.002)
-
-
-def test_a_task_that_is_cancelled_in_every_phase(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        def begin(request: GenerationRequest) -> asyncio.Task[Answer]:
-            return asyncio.create_task(collect(server.service, request))
-
-        # Before it ran at all; while its text is tokenized in a thread; in the queue; in the middle of its tokens.
-        await cancelled(begin(ids_request([5])))
-        assert server.is_clean()
-        long = begin(GenerationRequest(prompt="lorem ipsum " * 20_000))
-        await asyncio.sleep(0)
-        assert server.service.num_open == 1
-        await cancelled(long)
-        assert server.is_clean()
-        running = begin(ids_request([5], max_new_tokens=4000))
-        queued = begin(ids_request([6], max_new_tokens=4000))
-        await asyncio.sleep(0.1)
-        assert server.service.num_open == 2
-        await cancelled(queued)
-        await cancelled(running)
-        assert server.is_clean()
-        assert server.books.outcomes == {"cancelled": 3}
-        # The engine has forgotten them as well.
-        answer = await collect(server.service, ids_request([7], max_new_tokens=5))
-        assert answer.completed is not None
-        assert answer.completed.timings.queue_ms < 200
-        await server.settled()
-
-    run(tmp_path, test, step_seconds=0.005, max_running=1)
-
-
-def test_cancellation_during_a_restart(tmp_path: Path) -> None:
-    async def test(server: Server) -> None:
-        tasks = [
-            asyncio.create_task(collect(server.service, ids_request([i + 5], seed=i, max_new_tokens=100)))
-            for i in range(6)
-        ]
-        while server.supervisor.restarts == 0:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-        await cancelled(tasks[0])
-        await cancelled(tasks[3])
-        for i in (1, 2, 4, 5):
-            assert (await tasks[i]).ids[0] == expected_tokens([i + 5], i, 100, vocab_size=VOCABULARY)
-        assert server.books.outcomes == {"length": 4, "cancelled": 2}
-        await server.settled()
-
-    run(tmp_path, test, faulty_starts=1, crash_after=50, step_seconds=0.002)
-
-
-@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
-def test_the_books_balance_after_a_storm(tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
-    async def test(server: Server) -> None:
-        rng = random.Random(5)
-
-        async def one(i: int) -> None:
-            await asyncio.sleep(rng.random() * 0.5)
-            request = ids_request([i % 300 + 1], seed=i, max_new_tokens=rng.randint(1, 80), stop=("e", "\n"))
-            events = server.service.generate(request)
-            leave_after = rng.choice([None, None, 0, 1, 10])
-            seen = 0
-            try:
-                async for _ in events:
-                    seen += 1
-                    if leave_after is not None and seen > leave_after:
-                        break
-                    if rng.random() < 0.05:
-                        await asyncio.sleep(0.02)
-            except Refusal as refusal:
-                assert refusal.code in ("engine_restarting", "queue_full")  # noqa: PT017
-            finally:
-                await events.aclose()
-
-        await asyncio.gather(*(one(i) for i in range(300)))
-        assert server.is_clean()
-        assert sum(server.books.outcomes.values()) == 300
-        assert server.books.outcomes["error"] == 0
-        await server.settled()
-
-    options: dict[str, Any] = {"step_seconds": 0.001, "tokens_per_step": 2, "max_running": 16}
-    run(tmp_path, test, loop_factory=loop_factory, crash_after=1000, faulty_starts=1, **options)
 
 
 def test_the_service_needs_neither_torch_nor_the_web() -> None:
