@@ -385,7 +385,7 @@ def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: 
         # One runs for long: the next one waits for its place, and its time passes.
         running = asyncio.create_task(collect(service, ids_request([6], max_new_tokens=100, ignore_eos=True)))
         await asyncio.sleep(0.05)
-        service._drain_rate = DrainRate()  # else it is told at once how long a place may take
+        service._places._drain_rate = DrainRate()  # else it is told at once how long a place may take
         began = time.monotonic()
         with pytest.raises(Refusal, match="before the first token") as caught:
             await collect(service, ids_request([7], max_new_tokens=5, deadline_ms=150))
