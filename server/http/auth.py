@@ -167,12 +167,13 @@ class Gate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # neither lifespan nor websocket: nothing here answers them
-        route = find_route(scope.get("raw_path") or b"", self._documented)
+        raw_path = scope.get("raw_path") or b""
+        route = find_route(raw_path, self._documented)
         generates = route in GENERATING and scope["method"] == "POST"
         try:
             caller = self._admit(route, scope)
             if route is None:
-                raise not_found()
+                raise not_found(raw_path)
             if generates and (refusal := self._places.refusal_of(caller.name)) is not None:
                 raise refusal
         except (HttpError, Refusal) as error:

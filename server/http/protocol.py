@@ -154,7 +154,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, _until_the_end(cycle, app) if cycle.scope["http_version"] == "1.0" else app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -168,6 +168,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def _answering(self) -> bool:
         return self._running is not None and not self._running.response_complete
 
+    def _reading_body(self) -> bool:
+        """Whether the request that is carried out has not been read to its end, nor been answered."""
+        cycle = self._running
+        return cycle is not None and cycle is self.cycle and cycle.more_body and not cycle.response_started
+
     def _reject_head(self) -> None:
         text = f"The request line and headers are larger than the limit of {self._limits.max_head_bytes} bytes."
         self._reject("headers_too_large", text)
@@ -178,7 +183,11 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._rejected = True
         self._cancel_receipt()
-        if self._answering():
+        if self._reading_body():
+            # The request that is being read is the one at fault: it ends, and this is its answer.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        elif self._answering():
             # Another request's answer is under way: a second one in the middle of it would be read as its text.
             self.transport.close()
             self._arm_stall()
@@ -236,3 +245,22 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._stall_timer is not None:
             self._stall_timer.cancel()
             self._stall_timer = None
+
+
+def _until_the_end(cycle: RequestResponseCycle, app: Any) -> Any:
+    """The application for a client of HTTP/1.0: an answer without a length ends with the connection, since chunks are
+    not known there (RFC 9112, section 6.1); the base class sends them all the same."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        async def send_plain(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                if all(name.lower() != b"content-length" for name, _ in message["headers"]):
+                    cycle.chunked_encoding = False
+            elif cycle.chunked_encoding is False and not cycle.expected_content_length:
+                # Every piece is announced as it comes.
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, send_plain)
+
+    return answer

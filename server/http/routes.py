@@ -32,6 +32,9 @@ DOCUMENTATION: dict[str, str | None] = {"/docs": INFER, "/openapi.json": INFER}
 ROUTES = tuple(ROLE_OF)
 GENERATING = ("/generate", COMPLETIONS, CHAT)
 
+# What an API of this kind has, and what is missing for it here.
+_NOT_SERVED = {b"/v1/embeddings": "No encoder model is served here, so there are no embeddings."}
+
 # The page and its files. They are open: they are the same everywhere, and what the page asks for, it asks with a key.
 PAGE = "/"
 PAGE_FILES = (
@@ -62,6 +65,9 @@ def role_of(route: str) -> str | None:
     return ROLE_OF[route] if route in ROLE_OF else DOCUMENTATION[route]
 
 
-def not_found() -> HttpError:
-    """The answer to an unknown path. It is not repeated: an answer holds nothing that could be taken for markup."""
+def not_found(raw_path: bytes = b"") -> HttpError:
+    """The answer to a path that is not in the table. The path is not repeated: an answer holds nothing that could be
+    taken for markup."""
+    if raw_path in _NOT_SERVED:
+        return HttpError("unsupported", [Problem(None, _NOT_SERVED[raw_path])])
     return HttpError("not_found", [Problem(None, f"No such route. There are {', '.join(ROUTES)}.")])

@@ -243,7 +243,7 @@ def test_no_http(server: ServerThread, data: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["//", "//generate", "/generate/", "/v1/embeddings", "/docs", "/openapi.json", "/%2e%2e/x", "*", "/<b>"]
+    "path", ["//", "//generate", "/generate/", "/v1/embeddings/", "/docs", "/openapi.json", "/%2e%2e/x", "*", "/<b>"]
 )
 @pytest.mark.parametrize("method", ["GET", "OPTIONS"])
 def test_unknown_route(server: ServerThread, path: str, method: str) -> None:
@@ -276,6 +276,14 @@ def test_wrong_method(server: ServerThread, method: str, path: str, allow: str) 
         assert answer.headers["allow"] == allow
         if method != "HEAD":
             assert answer.error["code"] == "method_not_allowed"
+
+
+def test_embeddings_are_known_and_not_served(server: ServerThread) -> None:
+    with Connection(server.port) as connection:
+        connection.send(post({"model": "m", "input": "x"}, "/v1/embeddings"))
+        answer = connection.answer()
+    assert (answer.status, answer.error["code"]) == (501, "unsupported")
+    assert answer.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/metrics", "/info", "/v1/models"])
@@ -331,6 +339,32 @@ def test_connect(server: ServerThread) -> None:
 
 
 # Several requests on one connection
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [b"zz\r\n", b"3\r\nabcdef\r\n", b"0\r\nContent-Length: 1\r\n\r\n", b"0\r\nX: " + b"y" * 20_000 + b"\r\n\r\n"],
+)
+def test_a_body_whose_chunks_are_none_is_told_so(server: ServerThread, rest: bytes) -> None:
+    head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with Connection(server.port) as connection:
+        connection.send(head)
+        connection.send(b"2\r\n{}\r\n" + rest)
+        assert connection.answer().status in (400, 431)
+        assert connection.at_end()
+    wait_for(lambda: server.service.num_open == 0)
+
+
+def test_a_client_of_http_1_0_gets_no_chunks(server: ServerThread) -> None:
+    for body in (STREAM, OK):
+        with Connection(server.port) as connection:
+            connection.send(post(body).replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+            head = connection.read_until(b"\r\n\r\n").lower()
+            assert b"transfer-encoding" not in head
+            assert b"connection: close" in head
+            rest = connection.rest()
+            assert rest.startswith(b"id: 0\ndata: {" if body is STREAM else b"{")
+            assert rest.endswith(b"data: [DONE]\n\n" if body is STREAM else b"}")
 
 
 def test_pipelining(server: ServerThread) -> None:

@@ -76,6 +76,13 @@ class Connection:
         self._read(2)
         return RawAnswer(status, headers, body)
 
+    def rest(self) -> bytes:
+        """Everything up to the connection's end."""
+        data, self._buffer = self._buffer, b""
+        while piece := self.sock.recv(65536):
+            data += piece
+        return data
+
     def at_end(self) -> bool:
         """Whether the server has closed the connection (waits for it)."""
         if self._buffer:
