@@ -207,7 +207,8 @@ class EngineCore:
             raise
         except Exception as error:
             logger.exception("request %d fails alone and ends", request.request_id)
-            row = RowResult(request.request_id, (), f"the forward pass raised {type(error).__name__}")
+            cause = str(error) if isinstance(error, GrammarError) else f"the forward pass raised {type(error).__name__}"
+            row = RowResult(request.request_id, (), cause)
             return self._update(plan, StepResult(plan.step_id, (row,)), started, self._clock())
         return self._finish(flight, result)
 

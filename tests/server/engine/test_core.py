@@ -11,11 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.engine.grammar import GrammarError
 from server.engine.request import FinishReason, Request, SamplingParams
+from server.engine.runner import NOT_FINITE
 from server.engine.scheduler import AdmissionError
 from tests.server.engine.cores import make_core, random_params, run_all, tiny_model, tokens_of
 
 POISON = 13
+RAISED = {"raise": RuntimeError("planted"), "grammar": GrammarError("the grammar has become too complex")}
+SAID = {
+    "raise": "the forward pass raised RuntimeError",
+    "grammar": "the grammar has become too complex",
+    "nan": NOT_FINITE,
+}
 
 
 def requests(count: int, seed: int = 0, max_new_tokens: int = 12) -> list[Request]:
@@ -38,8 +46,8 @@ def poisoned(core: Any, poison: str) -> Iterator[None]:
 
     def poisoned_forward(token_ids: Tensor, plan: Any) -> Tensor:
         hidden: Tensor = forward(token_ids, plan)
-        if poison == "raise" and (token_ids == POISON).any():
-            raise RuntimeError("planted")
+        if poison in RAISED and (token_ids == POISON).any():
+            raise RAISED[poison]
         bad = torch.where(token_ids == POISON, torch.nan, 0.0)[:, None]
         return hidden + bad.to(hidden.dtype)
 
@@ -56,7 +64,7 @@ def alone(request: Request) -> list[int]:
     return tokens_of(run_all(core, [fresh])[0])
 
 
-@pytest.mark.parametrize("poison", ["raise", "nan"])
+@pytest.mark.parametrize("poison", SAID)
 def test_a_poisonous_request_ends_with_error_and_harms_nobody(poison: str) -> None:
     core = make_core(tiny_model())
     batch = requests(7)
@@ -66,7 +74,7 @@ def test_a_poisonous_request_ends_with_error_and_harms_nobody(poison: str) -> No
     for request in batch:
         last = outputs[request.request_id][-1]
         if request.request_id == 3:
-            assert last.finish_reason is FinishReason.ERROR
+            assert (last.finish_reason, last.error) == (FinishReason.ERROR, SAID[poison])
             assert tokens_of(outputs[3]) == []
         else:
             assert last.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
