@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,7 +71,7 @@ class Runner:
         attention = self.ops.plan(batch.attention)
         hidden = self._forward(batch.token_ids, attention)
         # A position that is not finite has poisoned K and V behind it, whether or not a token is drawn from it.
-        finite_tokens = torch.isfinite(hidden).all(dim=-1).tolist()
+        finite_tokens = np.isfinite(hidden.float().numpy()).all(axis=-1).tolist()
         tokens: list[int] = []
         finite_rows: list[bool] = []
         logits = token_ids = None

@@ -242,6 +242,25 @@ void stet_run(void* team, const Command* commands, int64_t count, const Step* st
     ((Team*)team)->run(commands, count, step);
 }
 
+// A random integer below 2^31 for each row, from its seed, position and choice: Philox-4x32-10, as `kernels.philox` has it.
+void stet_random_31_bits(const uint64_t* seeds, const uint64_t* positions, const uint64_t* choices, int64_t rows,
+                         int64_t* random) {
+    for (int64_t row = 0; row < rows; ++row) {
+        uint32_t key[2] = {(uint32_t)seeds[row], (uint32_t)(seeds[row] >> 32)};
+        uint32_t c[4] = {(uint32_t)positions[row], (uint32_t)choices[row], 0, 0};
+        for (int round = 0; round < 10; ++round) {
+            const uint64_t a = (uint64_t)c[0] * 0xD2511F53, b = (uint64_t)c[2] * 0xCD9E8D57;
+            c[0] = (uint32_t)(b >> 32) ^ c[1] ^ key[0];
+            c[1] = (uint32_t)b;
+            c[2] = (uint32_t)(a >> 32) ^ c[3] ^ key[1];
+            c[3] = (uint32_t)a;
+            key[0] += 0x9E3779B9;
+            key[1] += 0xBB67AE85;
+        }
+        random[row] = c[0] >> 1;
+    }
+}
+
 // w [N][K] of elements of `size` bytes -> panels [N / 16][K][16], features beyond N zero.
 void stet_pack(const void* w, int64_t N, int64_t K, int64_t size, void* packed) {
     const char* from = (const char*)w;

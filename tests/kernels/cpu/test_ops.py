@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import philox
 from kernels.cpu.native import Team
 from kernels.cpu.ops import CpuOps
+from kernels.cpu.sampling import random_31_bits
 from kernels.int8 import quantize_rows
 from kernels.ops import AttentionMetadata, QuantizationMode, QuantizedActivations, QuantizedWeight
 from kernels.reference import ReferenceOps
@@ -238,6 +240,15 @@ def test_norms_of_heads() -> None:
 
     for part, expected in enumerate(run(REFERENCE)):
         close(same(lambda ops, part=part: run(ops)[part]), expected, 1e-5)  # type: ignore[misc]
+
+
+def test_random_bits() -> None:
+    rng = random.Random(3)
+    seeds = [0, 2**64 - 1, 2**32, *(rng.getrandbits(64) for _ in range(60))]
+    positions = [0, 2**32 - 1, 1, *(rng.getrandbits(32) for _ in range(60))]
+    choices = [2**32 - 1, 0, 1, *(rng.getrandbits(rng.choice([1, 32])) for _ in range(60))]
+    expected = philox.random_31_bits(seeds, positions, choices)
+    assert np.array_equal(random_31_bits(seeds, positions, choices), expected)
 
 
 def test_logits_that_the_temperature_takes_below_all_numbers_weigh_nothing() -> None:
