@@ -140,7 +140,8 @@ def test_statuses(server: Launched) -> None:
 
     assert error(post(b"{"))[:2] == (400, "invalid_request")
     assert error(b"nonsense\r\n\r\n")[:2] == (400, "invalid_request")
-    assert error(get("/v1/embeddings"))[:2] == (404, "not_found")
+    assert error(get("/nothing"))[:2] == (404, "not_found")
+    assert error(get("/v1/embeddings"))[:2] == (501, "unsupported")
     assert error(get("/v1/models/other"))[:2] == (404, "model_not_found")
     assert error(post({}, "/v1/chat/completions"))[:2] == (400, "invalid_request")
     status, code, headers = error(get("/generate"))
