@@ -95,8 +95,8 @@ def spawned(
             stdout=output,
             stderr=subprocess.STDOUT,
             env=None if environment is None else os.environ | dict(environment),
-            # Ctrl-C on a terminal is for who started it, which ends the server below when it is done with it. No session
-            # of its own: Linux shares the processors among sessions first, and the clients would get as much.
+            # Ctrl-C on a terminal is for who started it, which ends the server below when it is done with it. No
+            # session of its own: Linux shares the processors among sessions first, and clients would get as much.
             process_group=0,
         )
         try:

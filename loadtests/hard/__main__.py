@@ -15,6 +15,8 @@ import uvloop
 
 from loadtests.hard.parts import Result, disconnects, flood, overload, readers
 from loadtests.machine import describe_machine
+from loadtests.peers.checkpoints import make_checkpoint, shapes
+from loadtests.peers.environment import model_folder
 from loadtests.processes import RunningServer, running_server
 from server.keys import create_key
 
@@ -36,8 +38,15 @@ def run_flood(folder: Path, flags: list[str], num_requests: int, at_once: int, n
     )
 
 
+def run_large_overload(flags: list[str]) -> Result:
+    """The overload of a model that keeps the processors busy by itself: there refusals are few beside its work."""
+    folder = model_folder("llama-176m") / "hf"
+    make_checkpoint(shapes()["llama-176m"], folder)
+    return _run([str(folder), "--quantization", "auto", *flags], lambda server: overload(server, 8, 30.0, 64))
+
+
 def main() -> int:
-    names = ("disconnects", "readers", "overload", "flood", "flood-wide")
+    names = ("disconnects", "readers", "overload", "overload-176m", "flood", "flood-wide")
     parser = argparse.ArgumentParser(prog="python -m loadtests.hard", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*names, []], help="which parts; all by default")
     arguments = parser.parse_args()
@@ -46,6 +55,7 @@ def main() -> int:
         "disconnects": lambda: _run([], lambda server: disconnects(server, 1000)),
         "readers": lambda: _run([], lambda server: readers(server, 100, 60, 900)),
         "overload": lambda: _run(few, lambda server: overload(server, 8, 10.0, 128)),
+        "overload-176m": lambda: run_large_overload(few),
         "flood": lambda: run_flood(Path(tempfile.mkdtemp()), ["--max-running", "2"], 60, 64, 64),
         # With all the places of a default server, where a step could be as long as 64 streams make it.
         "flood-wide": lambda: run_flood(Path(tempfile.mkdtemp()), [], 60, 64, 64),
