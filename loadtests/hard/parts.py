@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import socket
 import time
@@ -153,22 +154,30 @@ async def overload(
     server: RunningServer, at_once: int, seconds: float, new_tokens: int, factor: float = 10.0
 ) -> Result:
     """Ten times what the server can do, in arrivals that do not wait for answers; what it can do is measured first."""
-    body = SHORT | {"max_new_tokens": new_tokens}
+
+    def length(number: int) -> int:
+        """Of one answer: from a half to one and a half of new_tokens, so that they do not end together in waves."""
+        return new_tokens // 2 + 37 * number % (new_tokens + 1)
+
+    def body(number: int) -> dict[str, Any]:
+        return SHORT | {"seed": number, "max_new_tokens": length(number)}
 
     async def closed() -> float:
-        """Answers a second with as many clients as there are places."""
-        end, count = time.perf_counter() + seconds, 0
+        """Answers of the mean length a second, with as many clients as there are places."""
+        end, tokens, numbers = time.perf_counter() + seconds, 0, itertools.count()
 
-        async def client(number: int) -> None:
-            nonlocal count
+        async def client() -> None:
+            nonlocal tokens
             while time.perf_counter() < end:
-                answer = await ask(server, body | {"seed": number})
-                count += answer.status == 200 and time.perf_counter() < end
+                number = next(numbers)
+                answer = await ask(server, body(number))
+                if answer.status == 200 and time.perf_counter() < end:
+                    tokens += length(number)
 
-        await asyncio.gather(*map(client, range(at_once)))
-        return count / seconds
+        await asyncio.gather(*(client() for _ in range(at_once)))
+        return tokens / seconds / new_tokens
 
-    await ask(server, body)
+    await ask(server, body(0))
     peak = await closed()
     before = await metrics(server)
     done = asyncio.Event()
@@ -176,12 +185,13 @@ async def overload(
     http = server.process.pid
     began, own_cpu, http_cpu = time.perf_counter(), time.process_time(), cpu_seconds(http)
     tasks: list[asyncio.Task[Answer]] = []
-    finished_at: list[float] = []
+    tokens = 0
 
     async def one(number: int) -> Answer:
-        answer = await ask(server, body | {"seed": number})
-        if answer.status == 200:
-            finished_at.append(time.perf_counter() - began)
+        nonlocal tokens
+        answer = await ask(server, body(number))
+        if answer.status == 200 and time.perf_counter() - began < seconds:
+            tokens += length(number)
         return answer
 
     rate = factor * peak
@@ -196,7 +206,7 @@ async def overload(
     after = await settled(server, 60.0)
     accepted = [answer for answer in answers if answer.status == 200]
     refused = [answer for answer in answers if answer.status == 429]
-    goodput = sum(at < seconds for at in finished_at) / seconds
+    goodput = tokens / seconds / new_tokens
     counted = sum(
         after[name] - before[name] for name in after if name.startswith('stet_requests_total{endpoint="/generate"')
     )
