@@ -92,6 +92,7 @@ def test_a_flag_wins_over_a_variable() -> None:
         ("--max-running 9 --max-tokens-per-step 8", "--max-running must not be above --max-tokens-per-step"),
         ("--port ٣", "--port: '٣' is not an integer"),
         ("--port 8000.0", "is not an integer"),
+        ("--deadline-ms 99", "--deadline-ms: '99' is not an integer from 100 to 3600000"),
         ("--max-running 0", "is not an integer from 1"),
         ("--quantization int4", "--quantization: 'int4' is not one of none, w8a16, w8a8, auto"),
         ("--kv-cache-dtype fp8", "is not one of auto, bf16, int8"),
