@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from server.units import count, size
 from server.version import VERSION
 
 if TYPE_CHECKING:
@@ -91,12 +92,12 @@ def _summary(ready: Ready, model: str, url: str, seconds: float, with_keys: bool
     """What is served and how to try it, for a person. model: in requests; with_keys: whether a key is asked for."""
     identity = ready.identity
     phases = ", ".join(f"{name} {value:.1f}" for name, value in ready.startup_seconds.items())
-    memory = ", ".join(f"{kind.replace('_', ' ')} {_size(size)}" for kind, size in ready.memory_bytes.items() if size)
+    memory = ", ".join(f"{kind.replace('_', ' ')} {size(held)}" for kind, held in ready.memory_bytes.items() if held)
     tokens = ready.num_blocks * ready.block_size
     instructions = f", {identity.instruction_set}" if identity.instruction_set else ""
     threads = f", {identity.threads} threads" if identity.threads else ""
     rows = {
-        "model": f"{identity.model} ({identity.architecture}, {_count(identity.num_parameters)} parameters)",
+        "model": f"{identity.model} ({identity.architecture}, {count(identity.num_parameters)} parameters)",
         "dtype": f"{identity.dtype}, KV cache {identity.kv_cache_dtype}",
         "quantization": identity.quantization,
         "device": f"{identity.device}{instructions}{threads}",
@@ -118,17 +119,3 @@ def _summary(ready: Ready, model: str, url: str, seconds: float, with_keys: bool
         "",
     ]
     return "\n".join(lines)
-
-
-def _size(size: int) -> str:
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} B"
-
-
-def _count(number: int) -> str:
-    for unit, factor in (("billion", 10**9), ("million", 10**6)):
-        if number >= factor:
-            return f"{number / factor:.1f} {unit}"
-    return f"{number:,}"

@@ -52,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     **{f"server.engine.{name}": PURE for name in PURE_NAMES},
     "server.keys": (),
     "server.rates": (),
+    "server.units": (),
     "server.places": ("server.rates", "server.generation"),
     "server.keys_command": ("server.config", "server.keys"),
     "server.planner": (
@@ -59,6 +60,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "server.engine.memory",
         "server.engine.config",
         "server.config",
+        "server.units",
         "server.version",
         "models",
         "kernels.sizes",
@@ -132,7 +134,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "server.progress": (),
     "server.quantize": ("server.engine", "server.progress", "models", "kernels"),
     "server.evaluate": ("server.config", "server.engine", "server.progress", "server.version", "models", "kernels"),
-    "server.announcement": ("server.service", "server.supervisor", "server.version", "server.engine.messages"),
+    "server.announcement": (
+        "server.service",
+        "server.supervisor",
+        "server.units",
+        "server.version",
+        "server.engine.messages",
+    ),
     "server.serve_command": (
         "server.announcement",
         "server.config",

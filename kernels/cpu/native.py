@@ -106,8 +106,10 @@ def library() -> ctypes.CDLL:
     loaded.stet_pack_dot.argtypes = (c_void_p, c_int64, c_int64, c_int64, c_void_p)
     loaded.stet_random_31_bits.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_void_p)
     loaded.stet_large_pages.argtypes = loaded.stet_populate.argtypes = (c_void_p, c_int64)
-    nothing = ("free", "run", "pack", "pack_dot", "large_pages", "populate", "keep_memory", "return_large_memory")
-    for name in (*nothing, "random_31_bits"):
+    for name in (
+        *("free", "run", "pack", "pack_dot", "random_31_bits"),
+        *("large_pages", "populate", "keep_memory", "return_large_memory"),
+    ):
         getattr(loaded, f"stet_{name}").restype = None
     loaded.stet_return_large_memory()
     return loaded

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from server.engine.details import StepDetails
-from server.engine.plan import DeviceFault, RowResult, StepPlan, StepResult
-from server.engine.runner import NOT_FINITE
+from server.engine.plan import DeviceFault, StepPlan, StepResult, add_details, step_result
 
 
 @contextmanager
@@ -64,37 +63,18 @@ class CudaStep:
                 results.arrived.synchronize()
         tokens = results.tokens[: self.num_sampled].tolist()
         finite_rows = results.finite_rows[: self.num_sampled].tolist()
-        if self.details is None:
-            return self._result(tokens, finite_rows)
-        found = self.details.read(tokens)
-        result = self._result(tokens, finite_rows)
-        for place, row in enumerate(result.rows):
-            if row.error is None:
-                row.details = found.get(place)
+        result = step_result(self.plan, self._finite(), tokens, finite_rows)
+        if self.details is not None:
+            add_details(result, self.details.read(tokens))
         return result
 
-    def _result(self, tokens: list[int], finite_rows: list[bool]) -> StepResult:
-        results, requests = self.results, self.plan.requests
+    def _finite(self) -> list[bool]:
+        """For each planned request, whether all that was computed for it is; a static step looks at its rows only."""
+        requests = self.plan.requests
         if not self.num_tokens:
-            rows = tuple(
-                RowResult(planned.request.request_id, (token,))
-                if finite
-                else RowResult(planned.request.request_id, (), NOT_FINITE)
-                for planned, token, finite in zip(requests, tokens, finite_rows, strict=True)
-            )
-            return StepResult(self.plan.step_id, rows)
+            return [True] * len(requests)
         counts = [planned.num_new_tokens for planned in requests]
         starts = np.cumsum([0, *counts[:-1]])
-        finite_tokens = results.finite_tokens[: self.num_tokens].numpy()
-        finite_requests = np.logical_and.reduceat(finite_tokens, starts).tolist()
-        mixed: list[RowResult] = []
-        row = 0
-        for planned, finite in zip(requests, finite_requests, strict=True):
-            drawn: tuple[int, ...] = ()
-            if planned.samples:
-                finite = finite and finite_rows[row]
-                drawn = (tokens[row],)
-                row += 1
-            request_id = planned.request.request_id
-            mixed.append(RowResult(request_id, drawn) if finite else RowResult(request_id, (), NOT_FINITE))
-        return StepResult(self.plan.step_id, tuple(mixed))
+        finite_tokens = self.results.finite_tokens[: self.num_tokens].numpy()
+        found: list[bool] = np.logical_and.reduceat(finite_tokens, starts).tolist()
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -73,6 +74,37 @@ class StepResult:
 
     step_id: int
     rows: tuple[RowResult, ...]
+
+
+NOT_FINITE = "the model produced a number that is not finite"
+
+
+def step_result(
+    plan: StepPlan, finite: Sequence[bool], tokens: Sequence[int], finite_rows: Sequence[bool]
+) -> StepResult:
+    """What a step made of its plan, without details.
+
+    finite: for each planned request, whether all that was computed for it is. tokens, finite_rows: for each that
+    samples, in plan order, the token drawn, and whether the logits were finite.
+    """
+    rows: list[RowResult] = []
+    row = 0
+    for planned, sound in zip(plan.requests, finite, strict=True):
+        drawn: tuple[int, ...] = ()
+        if planned.samples:
+            sound = sound and finite_rows[row]
+            drawn = (tokens[row],)
+            row += 1
+        request_id = planned.request.request_id
+        rows.append(RowResult(request_id, drawn) if sound else RowResult(request_id, (), NOT_FINITE))
+    return StepResult(plan.step_id, tuple(rows))
+
+
+def add_details(result: StepResult, details: Mapping[int, Details]) -> None:
+    """Give the rows that did not fail what they asked for beside tokens, by their place in the plan."""
+    for place, found in details.items():
+        if result.rows[place].error is None:
+            result.rows[place].details = found
 
 
 class PendingStep(Protocol):

@@ -13,9 +13,7 @@ from kernels.ops import AttentionPlan, KVCache, Ops
 from models.layers import DecoderModel
 from server.engine.batch import build_batch
 from server.engine.details import launch_details
-from server.engine.plan import RowResult, StepPlan, StepResult
-
-NOT_FINITE = "the model produced a number that is not finite"
+from server.engine.plan import StepPlan, StepResult, add_details, step_result
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +82,11 @@ class Runner:
         asked = launch_details(
             plan, batch.sampling, model=self.model, ops=self.ops, hidden=hidden, logits=logits, token_ids=token_ids
         )
-        details = asked.read(tokens) if asked is not None else {}
-
-        results: list[RowResult] = []
-        row = 0
-        for place, (planned, last) in enumerate(zip(plan.requests, batch.last_tokens, strict=True)):
-            finite = all(finite_tokens[last + 1 - planned.num_new_tokens : last + 1])
-            drawn: tuple[int, ...] = ()
-            if planned.samples:
-                finite = finite and finite_rows[row]
-                drawn = (tokens[row],)
-                row += 1
-            request_id = planned.request.request_id
-            if finite:
-                results.append(RowResult(request_id, drawn, details=details.get(place)))
-            else:
-                results.append(RowResult(request_id, (), NOT_FINITE))
-        return StepResult(plan.step_id, tuple(results))
+        finite = [
+            all(finite_tokens[last + 1 - planned.num_new_tokens : last + 1])
+            for planned, last in zip(plan.requests, batch.last_tokens, strict=True)
+        ]
+        result = step_result(plan, finite, tokens, finite_rows)
+        if asked is not None:
+            add_details(result, asked.read(tokens))
+        return result

@@ -9,6 +9,7 @@ from server.planner.plan import ModePlan, Plan, Speed
 from server.planner.speed import StepTime
 from server.planner.training import TEXTBOOK_ACTIVATION_BYTES, TrainingMemory
 from server.planner.words import PlanError
+from server.units import count, size
 
 _LARGEST = 2**63 - 1
 
@@ -131,7 +132,7 @@ def as_text(plan: Plan) -> str:
     """For a terminal: what is planned, the modes side by side, training, and where the numbers come from."""
     config, rates = plan.subject.config, plan.device.rates
     lines = [
-        f"{plan.subject.name}: {_count(config.num_parameters)} parameters, {config.architecture}, {config.num_layers} "
+        f"{plan.subject.name}: {count(config.num_parameters)} parameters, {config.architecture}, {config.num_layers} "
         f"layers of {config.hidden_size:,}, {config.num_heads} heads, {config.num_kv_heads} KV heads of "
         f"{config.head_dim}, vocabulary {config.vocab_size:,}, {config.max_position_embeddings:,} positions"
     ]
@@ -222,21 +223,6 @@ def _table(rows: list[list[str]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def size(num_bytes: int) -> str:
-    """Bytes for a person, in binary units."""
-    for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:,.1f} {unit}"
-    return f"{num_bytes} B"
-
-
-def _count(number: int) -> str:
-    for unit, factor in (("billion", 10**9), ("million", 10**6)):
-        if number >= factor:
-            return f"{number / factor:,.1f} {unit}"
-    return f"{number:,}"
 
 
 def _rate(value: float) -> str:

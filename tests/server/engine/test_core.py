@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from server.engine.grammar import GrammarError
+from server.engine.plan import NOT_FINITE
 from server.engine.request import FinishReason, Request, SamplingParams
-from server.engine.runner import NOT_FINITE
 from server.engine.scheduler import AdmissionError
 from tests.server.engine.cores import make_core, random_params, run_all, tiny_model, tokens_of
 
