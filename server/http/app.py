@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import secrets
+import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Protocol
@@ -285,7 +285,8 @@ class Observer:
             return
         began = time.perf_counter()
         status = 0
-        request_id = f"req-{secrets.token_hex(8)}"
+        # Not a secret, and the system's random bytes would let other threads in, for milliseconds where they compute.
+        request_id = f"req-{random.getrandbits(64):016x}"
         fields: dict[str, Any] = {}
         scope[FIELDS] = fields
 
