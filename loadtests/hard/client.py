@@ -8,7 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from loadtests.processes import RunningServer
 from server.bench import wire
@@ -54,11 +54,68 @@ async def ask(
     return answer
 
 
-def request_bytes(body: Mapping[str, Any] | None, path: str = "/generate", key: str | None = None) -> bytes:
-    """A request that asks for the connection's end."""
+def request_bytes(
+    body: Mapping[str, Any] | None, path: str = "/generate", key: str | None = None, *, keep: bool = False
+) -> bytes:
+    """A request; it asks for the connection's end, unless that is to be kept."""
     data = b"" if body is None else json.dumps(body).encode()
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return wire.request_bytes("GET" if body is None else "POST", path, "test", data, headers)
+    return wire.request_bytes("GET" if body is None else "POST", path, "test", data, headers, keep=keep)
+
+
+class _KeptConnection(asyncio.Protocol):
+    """One plain answer after the other."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self._reply: asyncio.Future[Answer] | None = None
+        self._reader = wire.ResponseReader()
+        self._body: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._body.append(self._reader.feed(data))
+        if self._reader.done and self._reply is not None:
+            self._reply.set_result(Answer(self._reader.status, 0.0, b"".join(self._body), self._reader.headers))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        if self._reply is not None and not self._reply.done():
+            self._reply.set_exception(exc or ConnectionResetError("the server closed the connection"))
+
+    async def send(self, request: bytes) -> Answer:
+        assert self.transport is not None
+        self._reply = asyncio.get_running_loop().create_future()
+        self._reader, self._body = wire.ResponseReader(), []
+        self.transport.write(request)
+        return await self._reply
+
+
+class KeptConnections:
+    """As many connections as requests are under way, each used again, as a proxy or a client's pool does."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self._server = server
+        self._idle: list[_KeptConnection] = []
+
+    async def ask(self, body: Mapping[str, Any]) -> Answer:
+        """Send one POST /generate and read its answer, which is no stream. Raises OSError, WireError."""
+        began = time.perf_counter()
+        connection = self._idle.pop() if self._idle else None
+        if connection is None or connection.transport is None:
+            loop = asyncio.get_running_loop()
+            _, connection = await loop.create_connection(_KeptConnection, self._server.host, self._server.port)
+        answer = await connection.send(request_bytes(body, keep=True))
+        answer.seconds = time.perf_counter() - began
+        self._idle.append(connection)
+        return answer
+
+    def close(self) -> None:
+        for connection in self._idle:
+            if connection.transport is not None:
+                connection.transport.close()
 
 
 async def metrics(server: RunningServer) -> dict[str, float]:

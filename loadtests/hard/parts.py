@@ -7,10 +7,12 @@ import itertools
 import random
 import socket
 import time
+from functools import partial
 from typing import Any
 
 from loadtests.hard.client import (
     Answer,
+    KeptConnections,
     ask,
     metrics,
     probe,
@@ -151,9 +153,12 @@ async def readers(server: RunningServer, count: int, num_neighbours: int, new_to
 
 
 async def overload(
-    server: RunningServer, at_once: int, seconds: float, new_tokens: int, factor: float = 10.0
+    server: RunningServer, at_once: int, seconds: float, new_tokens: int, *, factor: float = 10.0, kept: bool = True
 ) -> Result:
-    """Ten times what the server can do, in arrivals that do not wait for answers; what it can do is measured first."""
+    """Ten times what the server can do, in arrivals that do not wait for answers; what it can do is measured first.
+
+    kept: connections are used again, as proxies and clients' pools do; otherwise each request comes on its own.
+    """
 
     def length(number: int) -> int:
         """Of one answer: from a half to one and a half of new_tokens, so that they do not end together in waves."""
@@ -170,14 +175,16 @@ async def overload(
             nonlocal tokens
             while time.perf_counter() < end:
                 number = next(numbers)
-                answer = await ask(server, body(number))
+                answer = await send(body(number))
                 if answer.status == 200 and time.perf_counter() < end:
                     tokens += length(number)
 
         await asyncio.gather(*(client() for _ in range(at_once)))
         return tokens / seconds / new_tokens
 
-    await ask(server, body(0))
+    clients = KeptConnections(server) if kept else None
+    send = partial(ask, server) if clients is None else clients.ask
+    await send(body(0))
     peak = await closed()
     before = await metrics(server)
     done = asyncio.Event()
@@ -189,7 +196,7 @@ async def overload(
 
     async def one(number: int) -> Answer:
         nonlocal tokens
-        answer = await ask(server, body(number))
+        answer = await send(body(number))
         if answer.status == 200 and time.perf_counter() - began < seconds:
             tokens += length(number)
         return answer
@@ -204,6 +211,11 @@ async def overload(
     done.set()
     probes = await probing
     after = await settled(server, 60.0)
+    # The machine's speed drifts by more than what is looked for: the peak is that of before and after.
+    peaks = [peak, await closed()]
+    peak = sum(peaks) / 2
+    if clients is not None:
+        clients.close()
     accepted = [answer for answer in answers if answer.status == 200]
     refused = [answer for answer in answers if answer.status == 429]
     goodput = tokens / seconds / new_tokens
@@ -225,7 +237,7 @@ async def overload(
     if max(probes) > 0.1:
         failures.append(f"/livez took {max(probes) * 1e3:.0f} ms")
     return {
-        "peak, answers a second": round(peak, 1),
+        "peak before and after, answers a second": [round(each, 1) for each in peaks],
         "sent a second": round(len(answers) / seconds, 1),
         "sent": len(answers),
         "accepted": len(accepted),

@@ -17,10 +17,16 @@ class WireError(Exception):
 
 
 def request_bytes(
-    method: str, path: str, host: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    method: str,
+    path: str,
+    host: str,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+    *,
+    keep: bool = False,
 ) -> bytes:
-    """One request, after which the connection ends. host: as the Host header names it."""
-    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close"]
+    """One request. host: as the Host header names it. keep: another one may follow on the connection."""
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", *([] if keep else ["Connection: close"])]
     if body:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
