@@ -142,6 +142,7 @@ def bench_model(
     engine = build_engine(
         EngineConfig(model=path, max_running=max(BATCH_SIZES), max_tokens_per_step=max(BATCH_SIZES) * PROMPT_LEN)
     )
+    engine.settle()
     peer = AutoModelForCausalLM.from_pretrained(str(engine.model_path), dtype=torch.bfloat16)
     vocab_size = engine.vocab_size
 

@@ -130,6 +130,7 @@ class Stet(Stepping):
                 kv_cache_bytes=1 << 30,
             )
         )
+        engine.settle()
         self._core = engine.core
         self._index: dict[int, int] = {}
         self._next_id = 1

@@ -46,7 +46,8 @@ class Engine:
     """A warm core and what there is to say about it.
 
     memory_bytes: what each kind takes: weights, kv_cache, workspace, graphs. startup_seconds: how long each part took.
-    fallbacks: the ops' own counter of slower paths taken; it goes on counting.
+    fallbacks: the ops' own counter of slower paths taken; it goes on counting. settle: waits, some seconds, until
+    nothing of the start goes on in the background; only measurements need it.
     """
 
     core: EngineCore
@@ -57,6 +58,7 @@ class Engine:
     memory_bytes: dict[str, int]
     startup_seconds: dict[str, float]
     fallbacks: Counter[str]
+    settle: Callable[[], None]
 
 
 def build_engine(
@@ -116,6 +118,7 @@ def _build(config: EngineConfig, report: Report, on_step_start: Callable[[int, f
         memory_bytes=device.memory_bytes(kv_plan.kv_cache_bytes),
         startup_seconds=seconds,
         fallbacks=ops.fallbacks,
+        settle=device.settle,
     )
 
 

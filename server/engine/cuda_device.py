@@ -138,6 +138,9 @@ class CudaDevice:
 
         triton.knobs.runtime.jit_post_compile_hook = compiled
 
+    def settle(self) -> None:
+        """Nothing goes on in the background."""
+
     def memory_bytes(self, kv_cache_bytes: int) -> dict[str, int]:
         """Bytes by kind: as the allocator and the driver tell them, or as computed in the interpreter.
 

@@ -70,6 +70,10 @@ class Device(Protocol):
         """The engine is warm: what only belongs to its start is a fault from now on."""
         ...
 
+    def settle(self) -> None:
+        """Wait until nothing that `started` began goes on in the background: what is timed then is only the steps."""
+        ...
+
     def memory_bytes(self, kv_cache_bytes: int) -> dict[str, int]:
         """What each kind takes: weights, kv_cache, and workspace and graphs where they are known."""
         ...
@@ -96,6 +100,7 @@ class CpuDevice:
         self._weight_bytes = 0
         self._model_dtype = "float32"
         self._kv_caches: list[CpuKVCache] = []
+        self._populating: threading.Thread | None = None
         self.ops: CpuOps | PortableOps
         try:
             self.ops = CpuOps(threads, dtype)
@@ -144,8 +149,13 @@ class CpuDevice:
         """The KV cache's memory is handed out meanwhile: requests need not wait for all of it."""
         if isinstance(self.ops, CpuOps):
             keep_freed_memory()
-        threading.Thread(target=populate, args=(self._kv_caches,), name="populate", daemon=True).start()
+        self._populating = threading.Thread(target=populate, args=(self._kv_caches,), name="populate", daemon=True)
+        self._populating.start()
         self._kv_caches = []
+
+    def settle(self) -> None:
+        if self._populating is not None:
+            self._populating.join()
 
     def memory_bytes(self, kv_cache_bytes: int) -> dict[str, int]:
         return {"weights": self._weight_bytes, "kv_cache": kv_cache_bytes}

@@ -58,7 +58,7 @@ def measured_device(config: EngineConfig, now: Callable[[], float]) -> PlannedDe
 
 def engines_of(models: Mapping[str, str], modes: Iterable[str], threads: int | None) -> dict[tuple[str, str], Engine]:
     """A warm engine for each model and mode. models: a name for a person -> MODEL."""
-    return {
+    engines = {
         (name, mode): build_engine(
             EngineConfig(
                 model=model, device="cpu", threads=threads, quantization=mode, max_running=32, max_tokens_per_step=4096
@@ -67,6 +67,9 @@ def engines_of(models: Mapping[str, str], modes: Iterable[str], threads: int | N
         for name, model in models.items()
         for mode in modes
     }
+    for engine in engines.values():
+        engine.settle()
+    return engines
 
 
 def compare(

@@ -16,7 +16,7 @@ def warm_up(
 
 def test_what_it_measures() -> None:
     figures = warm_up(0.010, 0.400, 0.030, 0.045, 2000)
-    assert figures.mixed_step_tokens == 16  # 25 ms at 640 tokens a second
+    assert figures.mixed_step_tokens == 12  # 20 ms at 640 tokens a second
     assert figures.attention_span == 4000
     assert figures.step_times == StepTimes(10_000_000 - 4_285_714, 4_285_714, 1_562_500)
     assert warm_up(0.1, 0.4).mixed_step_tokens == 128  # two decode steps
