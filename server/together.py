@@ -8,7 +8,8 @@ import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from server.generation import Completed, Event, GenerationRequest, Refusal, Started, Timings, Usage
+from server.engine.request import FinishReason
+from server.generation import ChoiceFinished, Completed, Event, GenerationRequest, Refusal, Started, Timings, Usage
 from server.preparation import Preparation
 
 
@@ -34,7 +35,8 @@ async def resolve_all(requests: Sequence[GenerationRequest], preparation: Prepar
 async def generate_all(
     requests: Sequence[GenerationRequest], generate: Callable[[GenerationRequest], AsyncGenerator[Event, None]]
 ) -> AsyncGenerator[Event, None]:
-    """The events of all, as they come, as those of one request; each with the same `n`. What one raises ends all."""
+    """The events of all, as they come, as those of one request; each with the same `n`. What one raises ends all, but
+    for the deadline: with a token of another one there is an answer, in which this one's choices end by it, empty."""
     queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue(4 * len(requests))
 
     async def run(position: int, request: GenerationRequest) -> None:
@@ -49,12 +51,15 @@ async def generate_all(
     tasks = [asyncio.create_task(run(position, request)) for position, request in enumerate(requests)]
     started = False
     ends: list[Completed] = []
+    late: dict[int, Refusal] = {}
     try:
-        while len(ends) < len(requests):
+        while len(ends) + len(late) < len(requests):
             position, event = await queue.get()
-            if isinstance(event, Exception):
+            if isinstance(event, Refusal) and event.code == "deadline":
+                late[position] = event
+            elif isinstance(event, Exception):
                 raise event
-            if isinstance(event, Completed):
+            elif isinstance(event, Completed):
                 ends.append(event)
             elif isinstance(event, Started):
                 if not started:
@@ -62,6 +67,13 @@ async def generate_all(
                 started = True
             else:
                 yield dataclasses.replace(event, index=position * requests[0].n + event.index)
+        for position, refusal in late.items():
+            if not started:
+                raise refusal
+            for index in range(requests[0].n):
+                yield ChoiceFinished(position * requests[0].n + index, FinishReason.DEADLINE)
+            prompt = requests[position].prompt_token_ids or ()
+            ends.append(Completed(ends[0].seed, Usage(len(prompt), 0, 0), ends[0].timings))
     finally:
         for task in tasks:
             task.cancel()

@@ -58,8 +58,12 @@ def check(kind: type[Body], sent: Mapping[str, Any], words: Words) -> Checked[Bo
         return Checked(kind.model_validate(known), [])
     except ValidationError as error:
         found = error.errors(include_url=False)
-    problems = [_translate(kind, words, item["loc"], item["type"], item["input"]) for item in found]
-    wrong = {item["loc"][0] for item in found}
+    wrong = {str(item["loc"][0]) for item in found}
+    # Where a string may stand for a list of one, its only item is the parameter itself.
+    places = [item["loc"][:1] if isinstance(known[str(item["loc"][0])], str) else item["loc"] for item in found]
+    problems = [
+        _translate(kind, words, place, item["type"], item["input"]) for place, item in zip(places, found, strict=True)
+    ]
     return Checked(kind.model_validate({name: value for name, value in known.items() if name not in wrong}), problems)
 
 
@@ -124,8 +128,6 @@ def _translate(kind: type[BaseModel], words: Words, location: tuple[int | str, .
         param += f"[{part}]" if isinstance(part, int) else f".{short(part)}"
         path += "" if isinstance(part, int) else f".{short(part)}"
     if not path:
-        if name == "stop" and value == "" and location[1] == 0:
-            return must_be(param, value, allowed)
         return must_be(param, value, words.items.get(name, "valid"))
     members, path = words.members.get(name, {}), path[1:]
     if error == "missing":

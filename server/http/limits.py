@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -112,10 +114,11 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
     if not text.strip():
         raise _invalid("The body is empty: send a JSON object.")
     _check_depth(text)
+    objects = _Objects()
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_object,
+            object_pairs_hook=objects,
             parse_constant=_constant,
             parse_float=_float,
             parse_int=_int,
@@ -127,6 +130,8 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise _invalid(f"The body is not valid JSON: {error.msg} ({where}).") from None
     if not isinstance(value, dict):
         raise _invalid("The body must be a JSON object.")
+    if objects.problem is not None:
+        raise HttpError("invalid_request", [objects.problem])
     # Only an escape can bring in a surrogate, since the bytes were UTF-8: most bodies need no walk.
     if _SURROGATE_ESCAPE.search(text):
         _check_surrogates(value, "")
@@ -159,16 +164,22 @@ def _check_depth(text: str) -> None:
             return
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                name = key[:64].encode("utf-8", "replace").decode()
-                raise _Refused(Problem(name, f"The key {json.dumps(name, ensure_ascii=False)} is given twice."))
-            seen.add(key)
-    return value
+class _Objects:
+    """Makes dictionaries for the decoder, inner ones first, and keeps what is wrong with the latest that has a key
+    twice: so a parameter is told from a member of one."""
+
+    def __init__(self) -> None:
+        self.problem: Problem | None = None
+
+    def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = dict(pairs)
+        if self.problem is not None:
+            self.problem = dataclasses.replace(self.problem, param=None)
+        if len(value) < len(pairs):
+            ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+            name = key[:64].encode("utf-8", "replace").decode()
+            self.problem = Problem(name, f"The key {json.dumps(name, ensure_ascii=False)} is given twice.")
+        return value
 
 
 def _constant(name: str) -> NoReturn:

@@ -46,6 +46,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._parsed_head_bytes = 0
         self._running: RequestResponseCycle | None = None
         self._rejected = False
+        self._fault = "The request is not valid HTTP/1.1."
         self._upgrading = False
         self._receipt_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
@@ -111,7 +112,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._parsed_head_bytes > self._limits.max_head_bytes:
             self._reject_head()
         else:
-            self._reject("invalid_request", "The request is not valid HTTP/1.1.")
+            self._reject("invalid_request", self._fault)
 
     # The parser's callbacks
 
@@ -132,6 +133,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= _MAX_PIPELINED:
+            raise _HeadRefused
+        if self.parser.get_http_version() == "1.1" and [name for name, _ in self.headers].count(b"host") != 1:
+            self._fault = "A request of HTTP/1.1 has exactly one Host header."  # RFC 9112, section 3.2
             raise _HeadRefused
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             self._upgrading = True

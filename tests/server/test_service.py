@@ -19,7 +19,7 @@ from server.generation import Completed, GenerationRequest, Refusal, Started, Te
 from server.rates import DrainRate
 from server.service import ServiceSettings
 from tests.server.fake_engine import expected_tokens
-from tests.server.harness import TOKENIZER, VOCABULARY, Server, collect, decode, encode, ids_request, run
+from tests.server.harness import TOKENIZER, VOCABULARY, Answer, Server, collect, decode, encode, ids_request, run
 
 EOS = 0  # "<|end|>"
 
@@ -374,6 +374,35 @@ def test_a_request_without_a_deadline_has_the_servers(tmp_path: Path) -> None:
         await server.settled()
 
     run(tmp_path, test, settings=ServiceSettings(default_deadline_ms=300), step_seconds=0.01)
+
+
+def test_a_deadline_of_several_prompts_keeps_what_those_have_that_ran(tmp_path: Path) -> None:
+    async def test(server: Server) -> None:
+        long = ids_request([5], max_new_tokens=4000, ignore_eos=True, deadline_ms=300, n=2)
+        answer = Answer(4)
+        async for event in server.service.generate_together([long, long], "/v1/completions"):
+            answer.take(event)
+        assert answer.completed is not None
+        assert [end.finish_reason for end in answer.ends] == 4 * [FinishReason.DEADLINE]
+        first = [len(ids) for ids in answer.ids]
+        assert min(first[:2]) > 0
+        assert first[2:] == [0, 0]
+        usage = answer.completed.usage
+        assert (usage.prompt_tokens, usage.completion_tokens) == (2, sum(first))
+        # Of which none has a token: an error.
+        running = asyncio.create_task(
+            collect(server.service, ids_request([6], max_new_tokens=60, ignore_eos=True, n=2))
+        )
+        await asyncio.sleep(0.05)
+        server.service._places._drain_rate = DrainRate()
+        short = dataclasses.replace(long, deadline_ms=150)
+        with pytest.raises(Refusal, match="before the first token"):
+            await anext(server.service.generate_together([short, short], "/v1/completions"))
+        await running
+        assert server.is_clean()
+        await server.settled()
+
+    run(tmp_path, test, max_running=2, step_seconds=0.01)
 
 
 def test_a_deadline_ends_what_runs_and_refuses_what_cannot_be_in_time(tmp_path: Path) -> None:

@@ -229,6 +229,8 @@ def test_empty_lines_do_not_hold_a_connection(server: ServerThread) -> None:
         b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: -5\r\n\r\n",
         b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
         b"GET /livez HTTP/1.1\r\nHost: x\r\nBad\x00Name: y\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nX: y\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: x\r\nHOST: x\r\n\r\n",
     ],
 )
 def test_no_http(server: ServerThread, data: bytes) -> None:

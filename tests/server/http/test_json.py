@@ -112,7 +112,15 @@ def test_problems_say_where() -> None:
 
     assert problem('{"a":[{"b":"\\ud800"}]}') == "a[0].b"
     assert problem('{"a":1,"a":2}') == "a"
+    assert problem('{"a":{"b":1,"b":2}}') is None
+    assert problem('{"a":{"b":1,"b":2},"c":1,"c":2}') == "c"
     assert problem('{"a":1,"a' + "x" * 100 + '":NaN}') is None
+
+
+@pytest.mark.parametrize(("stop", "place"), [("", "stop"), ([""], "stop[0]"), (["a", ""], "stop[1]"), (5, "stop")])
+def test_a_stop_string_is_named_as_it_was_sent(stop: Any, place: str) -> None:
+    (problem,) = parse_generate({"prompt": "x", "stop": stop}).problems
+    assert problem.param == place
 
 
 def test_depth() -> None:
