@@ -87,6 +87,7 @@ def measure(flags: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
                         "gate": entry.gate,
                         "left_out": entry.left_out,
                         "samples": {f"{kind} {n}": values for (kind, n), values in entry.samples.items()},
+                        "host_seconds": {f"{kind} {n}": values for (kind, n), values in entry.host.items()},
                     }
                     for name, entry in found.items()
                 }

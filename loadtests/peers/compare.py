@@ -47,11 +47,13 @@ SERVERS = ("llama.cpp", "vllm")
 
 @dataclass(slots=True)
 class Entry:
-    """What is known of one contestant with one model. samples: tokens a second of each cell, one a visit."""
+    """What is known of one contestant with one model. samples: tokens a second of each cell, one a visit; host: the
+    seconds of a decode step that are Python's, where they are known."""
 
     hello: dict[str, Any] = field(default_factory=dict)
     gate: dict[str, float] = field(default_factory=dict)
     samples: dict[Cell, list[float]] = field(default_factory=dict)
+    host: dict[Cell, list[float]] = field(default_factory=dict)
     left_out: str | None = None
 
 
@@ -152,8 +154,11 @@ def compare_engines(
             cells = [cell for cell in CELLS if visit.long or cell in SHORT_CELLS]
             samples = entries[visit.name].samples
             try:
-                for cell, rate in zip(cells, workers[visit.name].measure(cells, seed=visit.number), strict=True):
+                measured = workers[visit.name].measure(cells, seed=visit.number)
+                for cell, (rate, host) in zip(cells, measured, strict=True):
                     samples.setdefault(cell, []).append(rate)
+                    if host is not None:
+                        entries[visit.name].host.setdefault(cell, []).append(host)
             except WorkerError as error:
                 leave_out(visit.name, str(error))
                 continue

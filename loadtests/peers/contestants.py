@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import time
 import urllib.request
@@ -29,17 +30,21 @@ MAX_BATCH = 32
 MAX_STEP_TOKENS = 4096
 
 Prompts = Sequence[Sequence[int]]
+# Of a cell: tokens a second, and the seconds of a decode step that are not spent in compiled kernels; None: not known.
+Measured = tuple[float, float | None]
 
 
 @dataclass(slots=True)
 class Generated:
     """tokens: those of each prompt. first_seconds: until every prompt had its first token. decode_tokens tokens came in
-    decode_seconds, counted from the moment at which all of them were decoding."""
+    decode_seconds, counted from the moment at which all of them were decoding. host: the seconds of each of those steps
+    that are outside compiled kernels, where they are known."""
 
     tokens: list[list[int]]
     first_seconds: float
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    host: list[float] = field(default_factory=list)
 
 
 def random_prompts(batch: int, length: int, seed: int) -> list[list[int]]:
@@ -61,19 +66,20 @@ class Contestant:
         """Exactly `new_tokens` greedy tokens after each prompt, all prompts at once."""
         raise NotImplementedError
 
-    def measure(self, cells: Sequence[tuple[str, int]], seed: int) -> list[float]:
-        """Tokens a second of each cell. prefill: prompt tokens until all have their first token; decode: generated
+    def measure(self, cells: Sequence[tuple[str, int]], seed: int) -> list[Measured]:
+        """What is measured of each cell. prefill: prompt tokens until all have their first token; decode: generated
         tokens while all of them decode."""
-        rates = []
+        measured: list[Measured] = []
         for index, (kind, batch) in enumerate(cells):
             salt = 1000 * seed + index
             if kind == "prefill":
                 run = self.generate(random_prompts(batch, PREFILL_LEN, salt), 1)
-                rates.append(batch * PREFILL_LEN / run.first_seconds)
+                measured.append((batch * PREFILL_LEN / run.first_seconds, None))
             else:
                 run = self.generate(random_prompts(batch, DECODE_PROMPT_LEN, salt), DECODE_NEW_TOKENS)
-                rates.append(run.decode_tokens / run.decode_seconds)
-        return rates
+                host = statistics.median(run.host) if run.host else None
+                measured.append((run.decode_tokens / run.decode_seconds, host))
+        return measured
 
 
 class Stepping(Contestant):
@@ -86,17 +92,24 @@ class Stepping(Contestant):
         """(index of the prompt, its new tokens) of one step; None when nothing is left to do."""
         raise NotImplementedError
 
+    def _compiled_seconds(self) -> float | None:
+        """Spent in compiled kernels so far; None: not known."""
+        return None
+
     def generate(self, prompts: Prompts, new_tokens: int) -> Generated:
         run = Generated([[] for _ in prompts], 0.0)
         waiting = set(range(len(prompts)))
         started = time.perf_counter()
         self._start(prompts, new_tokens)
         while True:
+            compiled = self._compiled_seconds()
             began = time.perf_counter()
             outputs = self._step()
             if outputs is None:
                 break
             now = time.perf_counter()
+            if not waiting and compiled is not None:
+                run.host.append(now - began - ((self._compiled_seconds() or 0.0) - compiled))
             if not waiting:
                 run.decode_seconds += now - began
                 run.decode_tokens += sum(len(ids) for _, ids in outputs)
@@ -132,11 +145,30 @@ class Stet(Stepping):
         )
         engine.settle()
         self._core = engine.core
+        self._compiled = 0.0 if engine.identity.backend == "cpu" else None
+        self._time_kernels()
         self._index: dict[int, int] = {}
         self._next_id = 1
         identity = engine.identity
         kernels = f"{identity.backend} kernels, {identity.instruction_set}"
         self.settings = f"{quantization}, KV cache {identity.kv_cache_dtype}, {kernels}"
+
+    def _time_kernels(self) -> None:
+        """All that is compiled is reached by one method; Python's part of a step is the rest."""
+        from kernels.cpu.native import Team
+
+        run = Team.run
+
+        def timed(team: Team, *arguments: Any) -> None:
+            began = time.perf_counter()
+            run(team, *arguments)
+            if self._compiled is not None:
+                self._compiled += time.perf_counter() - began
+
+        Team.run = timed  # type: ignore[assignment, method-assign]
+
+    def _compiled_seconds(self) -> float | None:
+        return self._compiled
 
     def _start(self, prompts: Prompts, new_tokens: int) -> None:
         from server.engine.request import Request, SamplingParams
@@ -379,14 +411,14 @@ class LlamaCpp(Contestant):
         found = re.search(r"version: (.+)", out.stdout + out.stderr)
         return {"llama.cpp": found[1] if found else "unknown"}
 
-    def measure(self, cells: Sequence[tuple[str, int]], seed: int) -> list[float]:
+    def measure(self, cells: Sequence[tuple[str, int]], seed: int) -> list[Measured]:
         rates: dict[tuple[str, int], float] = {}
         for kind in ("prefill", "decode"):
             batches = [batch for name, batch in cells if name == kind]
             if batches:
                 for row in self._bench(kind, batches):
                     rates[kind, row["pl"]] = row["speed_pp" if kind == "prefill" else "speed_tg"]
-        return [rates[cell] for cell in cells]
+        return [(rates[cell], None) for cell in cells]
 
     def _bench(self, kind: str, batches: Sequence[int]) -> list[dict[str, Any]]:
         length, new = (PREFILL_LEN, 1) if kind == "prefill" else (DECODE_PROMPT_LEN, DECODE_NEW_TOKENS)

@@ -17,13 +17,19 @@ def spread(values: Sequence[float]) -> float:
 
 
 def engine_rows(model: str, entries: Mapping[str, Entry]) -> list[Row]:
-    """One row for each cell: tokens a second of every contestant."""
-    rows = []
+    """One row for each cell: tokens a second of every contestant; and what of a decode step is Python's, where it is
+    known: milliseconds."""
+    rows: list[Row] = []
     for cell in CELLS:
         samples = {name: entry.samples[cell] for name, entry in entries.items() if cell in entry.samples}
         kind, batch = cell
         what = f"prefill, {batch} × 512" if kind == "prefill" else f"decode, batch {batch}"
         rows.append({"model": model, "tokens/s": what, **_compared(samples, higher_is_better=True)})
+    for cell in CELLS:
+        host = {name: [1000 * s for s in entry.host[cell]] for name, entry in entries.items() if cell in entry.host}
+        if host:
+            what = f"Python's part of a step, ms, decode, batch {cell[1]}"
+            rows.append({"model": model, "tokens/s": what, **_compared(host, higher_is_better=False)})
     return rows
 
 

@@ -4,8 +4,9 @@
 
 PYTHON is that of the contestant's own environment, so nothing here or in `contestants` may import a package of ours at
 the top. Requests and answers are JSON, one a line: {"op": "measure", "cells": [["decode", 4], …], "seed": 1} is
-answered with {"rates": […]}, {"op": "generate", "prompts": […], "new_tokens": 8} with {"tokens": […]}. An exception is
-answered with {"error": …} and ends the process. The contestant's own output goes to standard error.
+answered with {"measured": [[rate, seconds or null], …]}, {"op": "generate", "prompts": […], "new_tokens": 8} with
+{"tokens": […]}. An exception is answered with {"error": …} and ends the process. The contestant's own output goes to
+standard error.
 """
 
 from __future__ import annotations
@@ -53,10 +54,11 @@ class Worker:
             self.close()
             raise
 
-    def measure(self, cells: Sequence[tuple[str, int]], seed: int) -> list[float]:
-        """Tokens a second of each cell, ("prefill" or "decode", batch size). Raises WorkerError."""
+    def measure(self, cells: Sequence[tuple[str, int]], seed: int) -> list[tuple[float, float | None]]:
+        """Of each cell, ("prefill" or "decode", batch size): tokens a second, and the seconds of a decode step outside
+        compiled kernels where they are known. Raises WorkerError."""
         answer = self._ask({"op": "measure", "cells": [list(cell) for cell in cells], "seed": seed})
-        return cast("list[float]", answer["rates"])
+        return [(rate, host) for rate, host in answer["measured"]]
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
         """Greedy tokens after each prompt. Raises WorkerError."""
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str]) -> int:
             message = json.loads(line)
             if message["op"] == "measure":
                 cells = [(kind, batch) for kind, batch in message["cells"]]
-                answer({"rates": contestant.measure(cells, message["seed"])})
+                answer({"measured": contestant.measure(cells, message["seed"])})
             elif message["op"] == "generate":
                 answer({"tokens": contestant.generate(message["prompts"], message["new_tokens"]).tokens})
             elif message["op"] == "ranks" and isinstance(contestant, contestants.Transformers):
