@@ -90,7 +90,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "server.speech": ("server.text", "server.generation"),
     "server.preparation": ("server.speech", "server.text", "server.generation", *ENGINE_WORDS),
-    "server.together": ("server.preparation", "server.generation"),
+    "server.together": ("server.preparation", "server.generation", "server.engine.request"),
     "server.served": ("server.preparation", "server.supervisor", "server.text", *ENGINE_WORDS),
     "server.service": (
         "server.preparation",
