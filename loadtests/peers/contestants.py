@@ -108,9 +108,9 @@ class Stepping(Contestant):
             if outputs is None:
                 break
             now = time.perf_counter()
-            if not waiting and compiled is not None:
-                run.host.append(now - began - ((self._compiled_seconds() or 0.0) - compiled))
             if not waiting:
+                if compiled is not None:
+                    run.host.append(now - began - ((self._compiled_seconds() or 0.0) - compiled))
                 run.decode_seconds += now - began
                 run.decode_tokens += sum(len(ids) for _, ids in outputs)
             for index, ids in outputs:
@@ -154,7 +154,7 @@ class Stet(Stepping):
         self.settings = f"{quantization}, KV cache {identity.kv_cache_dtype}, {kernels}"
 
     def _time_kernels(self) -> None:
-        """All that is compiled is reached by one method; Python's part of a step is the rest."""
+        """From now on, add up the time in the one method through which all compiled kernels of the CPU are called."""
         from kernels.cpu.native import Team
 
         run = Team.run

@@ -5,8 +5,8 @@
 Eight streams decode undisturbed for a while; then a prompt of 2,000 tokens arrives. The time between two tokens of a
 stream is taken from then until the prompt's first token: its 99th percentile, beside the median of the undisturbed
 time, and the prompt's time to its first token. `auto` is what the engine chooses by itself at warm-up. Over EngineCore,
-one load of the weights, rounds of A B B A over the settings; measured from when the system has handed out the memory of
-the KV cache, which takes the first seconds (and steps that wait for it).
+one load of the weights, rounds of A B B A over the settings; measured once the system has handed out the memory of
+the KV cache: in the first seconds after a start, a step waits for it now and then.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import math
 import re
@@ -130,8 +129,7 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise _invalid(f"The body is not valid JSON: {error.msg} ({where}).") from None
     if not isinstance(value, dict):
         raise _invalid("The body must be a JSON object.")
-    if objects.problem is not None:
-        raise HttpError("invalid_request", [objects.problem])
+    objects.check()
     # Only an escape can bring in a surrogate, since the bytes were UTF-8: most bodies need no walk.
     if _SURROGATE_ESCAPE.search(text):
         _check_surrogates(value, "")
@@ -165,21 +163,28 @@ def _check_depth(text: str) -> None:
 
 
 class _Objects:
-    """Makes dictionaries for the decoder, inner ones first, and keeps what is wrong with the latest that has a key
-    twice: so a parameter is told from a member of one."""
+    """Makes the decoder's dictionaries, inner ones first. twice: the members of the latest that has a key twice; last:
+    those of the latest, in the end of the whole body."""
 
     def __init__(self) -> None:
-        self.problem: Problem | None = None
+        self.twice: list[tuple[str, Any]] | None = None
+        self.last: list[tuple[str, Any]] = []
 
     def __call__(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
-        if self.problem is not None:
-            self.problem = dataclasses.replace(self.problem, param=None)
         if len(value) < len(pairs):
-            ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-            name = key[:64].encode("utf-8", "replace").decode()
-            self.problem = Problem(name, f"The key {json.dumps(name, ensure_ascii=False)} is given twice.")
+            self.twice = pairs
+        self.last = pairs
         return value
+
+    def check(self) -> None:
+        """Raises HttpError for a key that was given twice: a parameter, or a member of one, which has no name here."""
+        if self.twice is None:
+            return
+        ((key, _),) = Counter(key for key, _ in self.twice).most_common(1)
+        name = key[:64].encode("utf-8", "replace").decode()
+        text = f"The key {json.dumps(name, ensure_ascii=False)} is given twice."
+        raise HttpError("invalid_request", [Problem(name if self.twice is self.last else None, text)])
 
 
 def _constant(name: str) -> NoReturn:
