@@ -412,7 +412,7 @@ class CpuOps:
         cache = check_cache(kv_cache, CpuKVCache, plan.block_size, plan.largest_block)
         spec, heads = cache.spec, query.shape[1]
         check_paged_attention(query, spec, plan.num_tokens)
-        if max(heads // spec.num_kv_heads, _PART_ROWS) * (2 * spec.head_dim + 82) > SCRATCH_FLOATS:
+        if max(heads // spec.num_kv_heads, _PART_ROWS) * (2 * spec.head_dim + 96) > SCRATCH_FLOATS:
             raise ValueError(f"query has {heads} heads over {spec.num_kv_heads}: too many for one key")
         query = _floats(query)
         if not query.is_contiguous():

@@ -11,8 +11,6 @@
 //
 // p: query [T][Hq][D], Cache, output [T][Hq * D].  n: Hq.  f: scale, soft cap (0: none).
 
-inline int within_sixteen(int64_t n) { return n < 0 ? 0 : n < 16 ? (int)n : 16; }
-
 constexpr int64_t KEYS = 64;
 constexpr int64_t PART_ROWS = 24;  // about so many rows share the keys
 
@@ -22,34 +20,103 @@ inline F16 cap(F16 s, float softcap) {
     return splat(softcap) * (splat(1.0f) - splat(2.0f) / (splat(1.0f) + e));
 }
 
-// acc[r] += p[r] v over 16 keys, for `count` rows from r on. Row r sees the keys from[r] to to[r] - 1 of the sixteen: those
-// that all of these rows see are added together, what single rows see before and after them one row at a time.
-// later: sixteen values that are fetched meanwhile.
+// Some of a block's keys that follow each other in one sixteen: the first one's place in the block, how many, their
+// values, and values that are fetched meanwhile.
 template <class T>
-inline void add_values(int count, const int* from, const int* to, const float* p, const T* values, const T* later,
-                       int64_t D, int panels, float* acc, int64_t lda) {
-    const T *panel[64], *later_panel[64];
-    auto add = [&](int row, int rows, int first, int last) {
-        if (first >= last) return;
-        for (int i = 0; i < panels; ++i) {
-            panel[i] = values + first * D + 16 * i;
-            later_panel[i] = later + first * D + 16 * i;
+struct Stretch {
+    int64_t first, length;
+    const T *values, *later;
+};
+
+// acc += p v over the keys of the stretches, for M rows and P times 16 elements of the head.
+template <class T, int M, int P>
+inline void add_tile(const float* p, const Stretch<T>* stretches, int count, int64_t D, int64_t element, float* acc,
+                     int64_t lda) {
+    F16 sum[M][P];
+    STET_UNROLL for (int m = 0; m < M; ++m) {
+        STET_UNROLL for (int i = 0; i < P; ++i) {
+            sum[m][i] = load(acc + m * lda + 16 * i);
         }
-        fma_block<T, SECOND_LEVEL>(rows, p + row * KEYS + first, KEYS, panel, later_panel, panels, D, last - first,
-                                   acc + row * lda, lda, true);
+    }
+    for (int s = 0; s < count; ++s) {
+        const T *panel[P], *later[P];
+        STET_UNROLL for (int i = 0; i < P; ++i) {
+            panel[i] = stretches[s].values + element + 16 * i;
+            later[i] = stretches[s].later + element + 16 * i;
+        }
+        fma_chain<T, SECOND_LEVEL>(sum, p + stretches[s].first, KEYS, panel, later, D, stretches[s].length);
+    }
+    store_tile(sum, acc, lda);
+}
+
+template <class T, int M>
+inline void add_rows(const float* p, const Stretch<T>* stretches, int count, int64_t D, int panels, float* acc,
+                     int64_t lda) {
+    constexpr int P = panels_at_once(M);
+    int i = 0;
+    for (; i + P <= panels; i += P) {
+        add_tile<T, M, P>(p, stretches, count, D, 16 * i, acc + 16 * i, lda);
+    }
+    for (; i < panels; ++i) {
+        add_tile<T, M, 1>(p, stretches, count, D, 16 * i, acc + 16 * i, lda);
+    }
+}
+
+template <class T>
+inline void add_block(int rows, const float* p, const Stretch<T>* stretches, int count, int64_t D, int panels, float* acc,
+                      int64_t lda) {
+    switch (rows) {
+        case 1: return add_rows<T, 1>(p, stretches, count, D, panels, acc, lda);
+        case 2: return add_rows<T, 2>(p, stretches, count, D, panels, acc, lda);
+        case 3: return add_rows<T, 3>(p, stretches, count, D, panels, acc, lda);
+        case 4: return add_rows<T, 4>(p, stretches, count, D, panels, acc, lda);
+        case 5: return add_rows<T, 5>(p, stretches, count, D, panels, acc, lda);
+        case 6: return add_rows<T, 6>(p, stretches, count, D, panels, acc, lda);
+#if defined(STET_AVX512)
+        case 7: return add_rows<T, 7>(p, stretches, count, D, panels, acc, lda);
+        case 8: return add_rows<T, 8>(p, stretches, count, D, panels, acc, lda);
+        case 9: return add_rows<T, 9>(p, stretches, count, D, panels, acc, lda);
+        case 10: return add_rows<T, 10>(p, stretches, count, D, panels, acc, lda);
+        case 11: return add_rows<T, 11>(p, stretches, count, D, panels, acc, lda);
+        case 12: return add_rows<T, 12>(p, stretches, count, D, panels, acc, lda);
+#endif
+    }
+}
+
+// acc[r] += p[r] v over a block of keys, for `count` rows from r on. Row r sees the keys from[r] to to[r] - 1 of the block:
+// those that all of these rows see are added together, what single rows see before and after them one row at a time.
+// values, later: of each sixteen.
+template <class T>
+inline void add_values(int count, const int32_t* from, const int32_t* to, const float* p, const T* const* values,
+                       const T* const* later, int64_t D, int panels, float* acc, int64_t lda) {
+    auto add = [&](int row, int rows, int first, int last) {
+        Stretch<T> stretches[KEYS / 16];
+        int n = 0;
+        for (int i = first / 16; i * 16 < last; ++i) {
+            const int begin = first > 16 * i ? first : 16 * i, end = last < 16 * i + 16 ? last : 16 * i + 16;
+            const int64_t at = (begin - 16 * i) * D;
+            stretches[n++] = {begin, end - begin, values[i] + at, later[i] + at};
+        }
+        if (n) add_block<T>(rows, p + row * KEYS, stretches, n, D, panels, acc + row * lda, lda);
     };
-    int first = 0, last = 16;
+    int first = 0, last = KEYS;
     for (int i = 0; i < count; ++i) {
         first = from[i] > first ? from[i] : first;
         last = to[i] < last ? to[i] : last;
     }
     if (first >= last) {
-        for (int i = 0; i < count; ++i) add(i, 1, from[i], to[i]);
+        for (int i = 0; i < count; ++i) {
+            if (from[i] < to[i]) add(i, 1, from[i], to[i]);
+        }
         return;
     }
-    for (int i = 0; i < count; ++i) add(i, 1, from[i], first);
+    for (int i = 0; i < count; ++i) {
+        if (from[i] < first) add(i, 1, from[i], first);
+    }
     add(0, count, first, last);
-    for (int i = 0; i < count; ++i) add(i, 1, last, to[i]);
+    for (int i = 0; i < count; ++i) {
+        if (last < to[i]) add(i, 1, last, to[i]);
+    }
 }
 
 template <class T>
@@ -74,11 +141,16 @@ void attention_of(const Command& c, const Step* step, Work& work) {
     const T *keys = (const T*)cache.keys, *values = (const T*)cache.values;
     const float scale = c.f[0], softcap = c.f[1];
 
-    float* q = work.scratch;                     // [rows][D]
-    float* acc = q + rows_most * D;              // [rows][16 * panels_of_head]
+    const int64_t padded_rows = (rows_most + 15) / 16 * 16;
+    float* q = work.scratch;                           // [rows][D]
+    float* acc = q + rows_most * D;                    // [rows][16 * panels_of_head]
     float* p = acc + rows_most * panels_of_head * 16;  // [rows][KEYS]
-    float* m = p + rows_most * KEYS;             // [rows]
-    float* l = m + rows_most;                    // [rows]
+    float* m = p + rows_most * KEYS;                   // [padded_rows]
+    float* next_m = m + padded_rows;                   // [padded_rows]
+    float* shrink = next_m + padded_rows;              // [padded_rows]: e^(m - next_m)
+    float* l = shrink + padded_rows;                   // [rows]
+    int32_t* from = (int32_t*)(l + rows_most);         // [rows]: the keys of a block that a row sees are from[r] …
+    int32_t* to = from + rows_most;                    // [rows]: … to to[r] - 1
     const int64_t lda = 16 * panels_of_head;
 
     auto oldest_of = [&](int64_t position) {
@@ -127,11 +199,11 @@ void attention_of(const Command& c, const Step* step, Work& work) {
         }
         std::memset(acc, 0, rows * lda * sizeof(float));
         for (int64_t r = 0; r < rows; ++r) {
-            m[r] = -INFINITY;
+            m[r] = next_m[r] = -INFINITY;
             l[r] = 0.0f;
         }
-        // Row r sees the keys from oldest(r) to position + r / group.
-        auto oldest = [&](int64_t r) { return oldest_of(position + r / group); };
+        // The rest is computed along and not used.
+        for (int64_t r = rows; r < padded_rows; ++r) m[r] = next_m[r] = 0.0f;
         for (int64_t key = part.oldest / KEYS * KEYS; key < part.end; key += KEYS) {
             int64_t slots[KEYS / 16], later[KEYS / 16];
             const int num_panels = find_slots(part, key, slots);
@@ -151,64 +223,66 @@ void attention_of(const Command& c, const Step* step, Work& work) {
             for (int64_t r = 0; r < rows;) {
                 const int count = next_block(rows - r, MAX_ROWS);
                 fma_block<T, SECOND_LEVEL>(count, q + r * D, D, key_panels, r == 0 ? later_keys : key_panels, num_panels,
-                                           16, D, p + r * KEYS, KEYS, false);
+                                           16, D, p + r * KEYS, KEYS);
                 r += count;
             }
-            // Visible keys of each row within this block: [low, high).
-            auto low = [&](int64_t r) { return oldest(r) > key ? oldest(r) - key : 0; };
-            auto high = [&](int64_t r) {
-                const int64_t seen = position + r / group + 1 - key;
-                return seen < 0 ? 0 : seen < KEYS ? seen : KEYS;
-            };
+            for (int64_t t = 0; t < part.tokens; ++t) {
+                const int64_t oldest = oldest_of(position + t) - key, seen = position + t + 1 - key;
+                for (int64_t r = t * group; r < (t + 1) * group; ++r) {
+                    from[r] = (int32_t)(oldest < 0 ? 0 : oldest < KEYS ? oldest : KEYS);
+                    to[r] = (int32_t)(seen < 0 ? 0 : seen < KEYS ? seen : KEYS);
+                }
+            }
             for (int64_t r = 0; r < rows; ++r) {
-                const int from = (int)low(r), to = (int)high(r);
-                if (from >= to) continue;
                 float* s = p + r * KEYS;
                 F16 best = splat(-INFINITY);
-                for (int i = from / 16; 16 * i < to; ++i) {
+                for (int i = from[r] / 16; 16 * i < to[r]; ++i) {
                     F16 v = load(s + 16 * i) * splat(scale);
                     if (sizeof(T) == 1) v = v * load(cache.key_scales + slots[i]);
                     if (softcap > 0.0f) v = cap(v, softcap);
-                    v = where_between(from - 16 * i, to - 16 * i, v, splat(-INFINITY));
+                    if (from[r] > 16 * i || to[r] < 16 * i + 16) {
+                        v = where_between(from[r] - 16 * i, to[r] - 16 * i, v, splat(-INFINITY));
+                    }
                     store(s + 16 * i, v);
                     best = max(v, best);
                 }
-                float largest_score = largest(best);
-                const float next = m[r] > largest_score ? m[r] : largest_score;
+                const float largest_score = largest(best);
+                next_m[r] = m[r] > largest_score ? m[r] : largest_score;
+            }
+            for (int64_t r = 0; r < rows; r += 16) {
+                store(shrink + r, exp(load(m + r) - load(next_m + r)));
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                if (from[r] >= to[r]) continue;
+                float* s = p + r * KEYS;
                 F16 total = splat(0.0f);
-                for (int i = from / 16; 16 * i < to; ++i) {
-                    F16 e = exp(load(s + 16 * i) - splat(next));
+                for (int i = from[r] / 16; 16 * i < to[r]; ++i) {
+                    F16 e = exp(load(s + 16 * i) - splat(next_m[r]));
                     total = total + e;
                     if (sizeof(T) == 1) {
-                        e = where_between(from - 16 * i, to - 16 * i, e * load(cache.value_scales + slots[i]), e);
+                        e = where_between(from[r] - 16 * i, to[r] - 16 * i, e * load(cache.value_scales + slots[i]), e);
                     }
                     store(s + 16 * i, e);
                 }
-                if (m[r] != next) {
-                    float shrink[16];
-                    store(shrink, exp(splat(m[r] - next)));
-                    l[r] = l[r] * shrink[0];
-                    const F16 by = splat(shrink[0]);
+                if (m[r] != next_m[r]) {
+                    l[r] = l[r] * shrink[r];
+                    const F16 by = splat(shrink[r]);
                     for (int64_t i = 0; i < lda; i += 16) {
                         store(acc + r * lda + i, load(acc + r * lda + i) * by);
                     }
-                    m[r] = next;
+                    m[r] = next_m[r];
                 }
                 l[r] = l[r] + sum(total);
             }
+            const T *own_values[KEYS / 16], *later_values[KEYS / 16];
+            for (int i = 0; i < num_panels; ++i) {
+                own_values[i] = values + slots[i] * D;
+                later_values[i] = i < num_later ? values + later[i] * D : own_values[i];
+            }
             for (int64_t r = 0; r < rows;) {
                 const int count = next_block(rows - r, MAX_ROWS);
-                for (int i = 0; i < num_panels; ++i) {
-                    int from[MAX_ROWS], to[MAX_ROWS];
-                    for (int j = 0; j < count; ++j) {
-                        from[j] = within_sixteen(low(r + j) - 16 * i);
-                        to[j] = within_sixteen(high(r + j) - 16 * i);
-                    }
-                    const T* own = values + slots[i] * D;
-                    add_values<T>(count, from, to, p + r * KEYS + 16 * i, own,
-                                  r == 0 && i < num_later ? values + later[i] * D : own, D, (int)panels_of_head,
-                                  acc + r * lda, lda);
-                }
+                add_values<T>(count, from + r, to + r, p + r * KEYS, own_values, r == 0 ? later_values : own_values, D,
+                              (int)panels_of_head, acc + r * lda, lda);
                 r += count;
             }
         }

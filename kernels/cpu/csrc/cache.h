@@ -33,8 +33,12 @@ inline void store_head(const Cache& cache, void* to, int64_t first, int64_t apar
         for (int64_t i = 0; i < n; ++i) ((float*)to)[first + i * apart] = x[i];
     } else {
         bfloat16 rounded[MAX_HEAD_DIM];
-        for (int64_t i = 0; i < n; ++i) rounded[i] = to_bfloat16(x[i]);
-        for (int64_t i = 0; i < n; ++i) ((bfloat16*)to)[first + i * apart] = rounded[i];
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {  // of so many, known beforehand, the compiler makes vectors
+            for (int lane = 0; lane < 16; ++lane) rounded[i + lane] = to_bfloat16(x[i + lane]);
+        }
+        for (; i < n; ++i) rounded[i] = to_bfloat16(x[i]);
+        for (i = 0; i < n; ++i) ((bfloat16*)to)[first + i * apart] = rounded[i];
     }
 }
 

@@ -91,7 +91,7 @@ inline void expert_rows(const Command& c, const int32_t* pairs, int64_t rows, co
         for (int i = 0; i < m; ++i) {
             std::memcpy(scratch + i * K, (const float*)c.p[0] + pairs[row + i] / divisor * c.n[2], K * sizeof(float));
         }
-        fma_block<T, FIRST_LEVEL>(m, scratch, K, panel, later, count, 16, K, acc, 16 * EXPERT_PANELS, false);
+        fma_block<T, FIRST_LEVEL>(m, scratch, K, panel, later, count, 16, K, acc, 16 * EXPERT_PANELS);
         for (int i = 0; i < m; ++i) {
             float* y = (float*)c.p[4] + pairs[row + i] * c.n[3];
             for (int p = 0; p < count; ++p) {
@@ -107,25 +107,18 @@ inline void expert_rows_dot(const Command& c, const int32_t* pairs, int64_t rows
                             int64_t first_panel, int count, float* scratch) {
     const int64_t K = whole_groups(c.n[1]), divisor = c.n[5];
     RowInteger* gathered = (RowInteger*)scratch;
-    int32_t sums[MAX_ROWS * 16];
-    float scaled[16];
+    const int8_t* own = w + first_panel * K * 16;
     for (int64_t row = 0; row < rows;) {
-        const int m = next_block(rows - row, MAX_ROWS);
+        const int m = next_block(rows - row, DOT_ROWS);
         for (int i = 0; i < m; ++i) {
             std::memcpy(gathered + i * K, (const RowInteger*)c.p[0] + pairs[row + i] / divisor * c.n[2],
                         K * sizeof(RowInteger));
         }
-        for (int p = 0; p < count; ++p) {
-            const int64_t n = (first_panel + p) * 16;
-            dot_block(m, gathered, K, w + (first_panel + p) * K * 16, K, sums);
-            for (int i = 0; i < m; ++i) {
-                const float row_scale = ((const float*)c.p[1])[pairs[row + i] / divisor];
-                for (int lane = 0; lane < 16; ++lane) {
-                    scaled[lane] = (float)sums[16 * i + lane] * row_scale;
-                }
-                store_scaled(scaled, scales + n, (float*)c.p[4] + pairs[row + i] * c.n[3] + n);
-            }
-        }
+        dot_block<FIRST_LEVEL>(m, gathered, K, own, own + AHEAD, count, K, [&](int i, int p, F16 sums) {
+            const int64_t n = (first_panel + p) * 16, pair = pairs[row + i];
+            const F16 v = sums * splat(((const float*)c.p[1])[pair / divisor]) * load(scales + n);
+            store((float*)c.p[4] + pair * c.n[3] + n, v);
+        });
         row += m;
     }
 }

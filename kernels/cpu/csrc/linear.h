@@ -2,7 +2,7 @@
 //
 // float types  [N / 16][K][16]              y[m][n] is one chain of multiply-adds along k, times the feature's scale
 // INT8_DOT     [N / 16][K' / g][16][g]      exact int32 sums, then times the row's scale, then times the feature's;
-//                                           g is GROUP_OF, K' is K rounded up to a multiple of it, the rest zeros
+//                                           g is GROUP_OF, K' is K rounded up to a multiple of it; the rows' rest is zeros
 //
 // p: x, row scales, W, feature scales, bias, y.  n: N, K, elements from row to row of x, of y.
 // flags: the Type of W. Feature scales and bias may be null.
@@ -11,14 +11,15 @@ constexpr int64_t GROUP = 4;          // panels that a thread takes at once
 constexpr int64_t ROWS_BYTES = 1 << 18;  // of x: what stays in the second-level cache while a group's panels pass by
 
 // Scale, add the bias, write what there is of 16 columns.
-inline void finish(const float* acc, const float* scales, const float* bias, float* y, int64_t columns) {
-    F16 v = load(acc);
+inline void finish(F16 v, const float* scales, const float* bias, float* y, int64_t columns) {
     if (columns >= 16) {
         if (scales) v = v * load(scales);
         if (bias) v = v + load(bias);
         store(y, v);
         return;
     }
+    float acc[16];
+    store(acc, v);
     for (int64_t i = 0; i < columns; ++i) {
         float each = acc[i];
         if (scales) each = each * scales[i];
@@ -47,11 +48,11 @@ void linear_floats(const Command& c, int64_t rows, int64_t chunk, Work& work) {
         }
         for (int64_t row = first_row; row < last_row;) {
             const int m = next_block(last_row - row, MAX_ROWS);
-            fma_block<T, FIRST_LEVEL>(m, x + row * ldx, ldx, panel, later, count, 16, K, acc, 16 * GROUP, false);
+            fma_block<T, FIRST_LEVEL>(m, x + row * ldx, ldx, panel, later, count, 16, K, acc, 16 * GROUP);
             for (int i = 0; i < m; ++i) {
                 for (int p = 0; p < count; ++p) {
                     const int64_t n = (first_panel + p) * 16;
-                    finish(acc + i * 16 * GROUP + p * 16, scales ? scales + n : nullptr, bias ? bias + n : nullptr,
+                    finish(load(acc + i * 16 * GROUP + p * 16), scales ? scales + n : nullptr, bias ? bias + n : nullptr,
                            y + (row + i) * ldy + n, N - n);
                 }
             }
@@ -67,24 +68,30 @@ void linear_dot(const Command& c, int64_t rows, int64_t chunk, Work& work) {
     float* y = (float*)c.p[5];
     const int64_t N = c.n[0], K = whole_groups(c.n[1]), ldx = c.n[2], ldy = c.n[3];
     const int64_t panels = (N + 15) / 16, groups = (panels + GROUP - 1) / GROUP, chunks = (rows + chunk - 1) / chunk;
-    int32_t sums[MAX_ROWS * 16];
-    float scaled[16];
-    for (int64_t item; (item = work.take()) < groups * chunks;) {
-        const int64_t first_panel = item % groups * GROUP, first_row = item / groups * chunk;
-        const int64_t last_panel = first_panel + GROUP < panels ? first_panel + GROUP : panels;
+    const int64_t items = groups * chunks;
+    float own_scales[16 * GROUP], own_bias[16 * GROUP], partial[16 * DOT_ROWS];
+    for (int64_t item = work.take(), next; item < items; item = next) {
+        next = work.take();  // one ahead: its weights are fetched while these are multiplied
+        const int64_t first_panel = item % groups * GROUP, first_row = item / groups * chunk, first = 16 * first_panel;
+        const int count = (int)(panels - first_panel < GROUP ? panels - first_panel : GROUP);
         const int64_t last_row = first_row + chunk < rows ? first_row + chunk : rows;
+        const int8_t *own = w + first_panel * K * 16, *other = next < items ? w + next % groups * GROUP * K * 16 : own;
+        // No calls and nothing to decide where the sums leave their registers: what there is not is made up for here.
+        const int64_t columns = N - first < 16 * count ? N - first : 16 * count;
+        for (int64_t i = 0; i < 16 * count; ++i) {
+            own_scales[i] = i < columns ? scales[first + i] : 0.0f;
+            own_bias[i] = bias && i < columns ? bias[first + i] : 0.0f;
+        }
         for (int64_t row = first_row; row < last_row;) {
-            const int m = next_block(last_row - row, MAX_ROWS);
-            for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-                dot_block(m, x + row * ldx, ldx, w + panel * K * 16, K, sums);
-                const int64_t n = panel * 16;
-                for (int i = 0; i < m; ++i) {
-                    const float row_scale = row_scales[row + i];
-                    for (int lane = 0; lane < 16; ++lane) {
-                        scaled[lane] = (float)sums[16 * i + lane] * row_scale;
-                    }
-                    finish(scaled, scales + n, bias ? bias + n : nullptr, y + (row + i) * ldy + n, N - n);
-                }
+            const int m = next_block(last_row - row, DOT_ROWS);
+            float* to = y + row * ldy + first;
+            dot_block<SECOND_LEVEL>(m, x + row * ldx, ldx, own, other, count, K, [&](int i, int p, F16 sums) {
+                const F16 v = sums * splat(row_scales[row + i]) * load(own_scales + 16 * p);
+                float* place = 16 * p + 16 <= columns ? to + i * ldy + 16 * p : partial + 16 * i;
+                store(place, bias ? v + load(own_bias + 16 * p) : v);
+            });
+            for (int i = 0; columns % 16 && i < m; ++i) {
+                std::memcpy(to + i * ldy + columns / 16 * 16, partial + 16 * i, columns % 16 * sizeof(float));
             }
             row += m;
         }

@@ -27,12 +27,8 @@ inline void quantize_row(const float* x, int64_t n, int64_t padded, Integer* q, 
     const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
     *scale = most / 127.0f;
     const F16 by = splat(inverse), low = splat(-127.0f), high = splat(127.0f);
-    float rounded[16];
     for (i = 0; i + 16 <= n; i += 16) {
-        store(rounded, max(low, min(high, round_to_even(load(x + i) * by))));
-        for (int lane = 0; lane < 16; ++lane) {
-            q[i + lane] = (Integer)rounded[lane];
-        }
+        store(q + i, max(low, min(high, round_to_even(load(x + i) * by))));
     }
     for (; i < n; ++i) {
         float v = std::nearbyint(x[i] * inverse);
@@ -72,7 +68,7 @@ void embedding(const Command& c, const Step* step, Work& work) {
                 break;
             case INT8_DOT:
                 for (int64_t k = 0; k < K; ++k) {
-                    y[k] = (float)((const int8_t*)c.p[1])[panel + k / g * 16 * g + g * lane + k % g] * scales[id] * by;
+                    y[k] = stored_weight(((const int8_t*)c.p[1])[panel + k / g * 16 * g + g * lane + k % g]) * scales[id] * by;
                 }
                 break;
         }

@@ -21,6 +21,9 @@ inline F16 load(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
 inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+// Whole numbers that fit.
+inline void store(int8_t* p, F16 a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v))); }
+inline void store(int16_t* p, F16 a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v))); }
 inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline F16 operator+(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F16 operator-(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -72,6 +75,15 @@ inline F16 load(const int8_t* p) { return {from_int8(p), from_int8(p + 8)}; }
 inline void store(float* p, F16 x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
+}
+inline __m256i to_int16(F16 x) {
+    // The instruction packs within halves of 128 bits: x.a's first four, x.b's first four, and so on.
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)), 0xd8);
+}
+inline void store(int16_t* p, F16 x) { _mm256_storeu_si256((__m256i*)p, to_int16(x)); }
+inline void store(int8_t* p, F16 x) {
+    const __m256i wide = to_int16(x);
+    _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 }
 inline F16 fma(F16 x, F16 y, F16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 inline F16 operator+(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
@@ -126,6 +138,8 @@ inline F16 load(const bfloat16* p) { STET_LANES(to_float(p[i])); }
 inline F16 load(const float16* p) { STET_LANES(to_float(p[i])); }
 inline F16 load(const int8_t* p) { STET_LANES((float)p[i]); }
 inline void store(float* p, F16 a) { std::memcpy(p, a.v, sizeof a.v); }
+inline void store(int8_t* p, F16 a) { for (int i = 0; i < 16; ++i) p[i] = (int8_t)a.v[i]; }
+inline void store(int16_t* p, F16 a) { for (int i = 0; i < 16; ++i) p[i] = (int16_t)a.v[i]; }
 inline F16 fma(F16 a, F16 b, F16 c) { STET_LANES(std::fma(a.v[i], b.v[i], c.v[i])); }
 inline F16 operator+(F16 a, F16 b) { STET_LANES(a.v[i] + b.v[i]); }
 inline F16 operator-(F16 a, F16 b) { STET_LANES(a.v[i] - b.v[i]); }

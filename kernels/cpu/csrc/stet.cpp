@@ -286,6 +286,7 @@ void stet_pack(const void* w, int64_t N, int64_t K, int64_t size, void* packed) 
 }
 
 // w int8 [N][K] -> [N / 16][K' / g][16][g] with g = group_of, K' = K rounded up to a multiple of g; zeros beyond N and K.
+// Groups of four are stored 128 higher, as bytes without a sign: see tile.h.
 void stet_pack_dot(const int8_t* w, int64_t N, int64_t K, int64_t g, int8_t* packed) {
     const int64_t panels = (N + 15) / 16, groups = (K + g - 1) / g;
     for (int64_t panel = 0; panel < panels; ++panel) {
@@ -294,7 +295,8 @@ void stet_pack_dot(const int8_t* w, int64_t N, int64_t K, int64_t g, int8_t* pac
             int8_t* out = packed + panel * groups * 16 * g + g * lane;
             for (int64_t group = 0; group < groups; ++group, out += 16 * g) {
                 for (int64_t i = 0; i < g; ++i) {
-                    out[i] = n < N && g * group + i < K ? w[n * K + g * group + i] : 0;
+                    const int8_t value = n < N && g * group + i < K ? w[n * K + g * group + i] : 0;
+                    out[i] = (int8_t)(g == 4 ? value ^ 0x80 : value);
                 }
             }
         }
