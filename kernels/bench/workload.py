@@ -50,7 +50,7 @@ class Sizes:
 
 FULL = Sizes(
     heads=(Heads("Llama-3.1-8B", 32, 8, 128), Heads("Qwen3-0.6B", 16, 8, 128)),
-    block_size=16,
+    block_size=64,  # as the engine has it on a GPU
     decode=((1, 4096), (16, 4096), (64, 4096), (1, 65536)),
     prefill=(1024, 2048, 4096, 8192),
     linears=(("gate_up", 28672, 4096), ("down", 4096, 14336), ("qkv", 6144, 4096)),
