@@ -46,7 +46,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
-SHAPES = [(1, 64, 64), (2, 1, 1), (3, 33, 50), (7, 100, 97), (33, 250, 130), (5, 17, 7), (130, 48, 1030)]
+SHAPES = [
+    *((1, 64, 64), (2, 1, 1), (3, 33, 50), (7, 100, 97), (33, 250, 130), (5, 17, 7), (130, 48, 1030)),
+    *((16, 130, 65), (18, 64, 200), (20, 33, 64)),  # with AVX-512 in tiles of 8, 9 and 10 rows; those above 11 and 12
+]
 
 
 @pytest.mark.parametrize(("rows", "n", "k"), SHAPES)
