@@ -112,9 +112,16 @@ class Decoder(Generic[AnyLayer]):
         return self.ops.embedding(token_ids, self.table.weight, config.embedding_scale / config.residual_scale)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> logits [R, V]. Ids that no token uses hold the lowest finite number: an infinity would be
-        taken for a fault of the row."""
-        logits = self.head(hidden)
+        """hidden [R, H] -> logits [R, V]; see models.layers.DecoderModel."""
+        return self.finish_logits(self.raw_logits(hidden))
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, H] -> what the head gives for it, [R, V]."""
+        return self.head(hidden)
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """raw_logits [R, V], which are overwritten -> logits [R, V]. Ids that no token uses hold the lowest finite
+        number: an infinity would be taken for a fault of the row."""
         if self.config.logits_scale != 1.0:
             logits *= self.config.logits_scale
         if self.config.logits_softcap is not None:

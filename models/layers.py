@@ -47,7 +47,18 @@ class DecoderModel(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [R, H] -> logits [R, V]; rows of the vocabulary that no token uses hold a hugely negative number."""
+        """hidden [R, H] -> logits [R, V]; rows of the vocabulary that no token uses hold a hugely negative number.
+
+        finish_logits(raw_logits(hidden)): the first part asks only for operations of `Ops`, so it can be recorded.
+        """
+        ...
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The head's products, [R, V]."""
+        ...
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """The rest, which may overwrite them."""
         ...
 
     def mask_vocabulary(self, num_tokens: int) -> None:

@@ -4,8 +4,8 @@
     "w8a16"   the same in int8                             the same, times the feature's scale
     "w8a8"    [N / 16][K / g][16][g] in int8               exact integers, times the row's and the feature's scale
 
-g is what the instruction set multiplies at once (`Team.group_of`): four 8-bit integers (AVX-512, which takes them without
-a sign: they are stored 128 higher), or two of 16 bits where the instructions for 8 bits are not exact (AVX2).
+g is what the instruction set multiplies at once (`Team.group_of`): four 8-bit integers (AVX-512, which takes them
+without a sign: they are stored 128 higher), or two of 16 bits where the instructions for 8 bits are not exact (AVX2).
 
 A row of any of them can be read back, so that a tied head and the table of token vectors are one weight.
 

@@ -138,6 +138,7 @@ class CpuDevice:
             model.config.eos_token_ids,
             kv_dtype,
             max_tokens=config.max_tokens_per_step,
+            max_running=config.max_running,
         )
         self._kv_caches = [cache for cache in runner.kv_caches if isinstance(cache, CpuKVCache)]
         return runner, plan

@@ -43,9 +43,10 @@ class Runner:
         eos_token_ids: Sequence[int],
         kv_dtype: torch.dtype | None = None,
         max_tokens: int | None = None,
+        max_running: int | None = None,
     ) -> None:
-        """kv_dtype: of the KV cache; None: that of the ops. max_tokens: the most that a step may have; None: not known,
-        and forward passes are not recorded (`Ops.record`)."""
+        """kv_dtype: of the KV cache; None: that of the ops. max_tokens, max_running: the most tokens and requests that
+        a step may have; None: not known, and forward passes are not recorded (`Ops.record`)."""
         self.model = model
         self.ops = ops
         self._block_size = block_size
@@ -56,7 +57,13 @@ class Runner:
         def forward(token_ids: Tensor, plan: AttentionPlan) -> Tensor:
             return model.forward(token_ids, self.kv_caches, plan)
 
+        def decode(token_ids: Tensor, plan: AttentionPlan) -> Tensor:
+            return model.raw_logits(model.forward(token_ids, self.kv_caches, plan))
+
         self._forward = forward if max_tokens is None else ops.record(forward, max_tokens, block_size)
+        # Where all tokens draw, the logits are part of the same program: that spares two calls between which the
+        # threads would wait for Python. With few rows, so that its logits take no more memory than they do anyway.
+        self._decode = decode if max_running is None else ops.record(decode, max_running, block_size)
 
     def launch(self, plan: StepPlan) -> FinishedStep:
         """`run`, as a StepRunner."""
@@ -67,25 +74,30 @@ class Runner:
         """Compute the plan's positions, and draw a token for each request that samples."""
         batch = build_batch(plan, self._block_size, self._eos_token_ids)
         attention = self.ops.plan(batch.attention)
-        hidden = self._forward(batch.token_ids, attention)
-        # A position that is not finite has poisoned K and V behind it, whether or not a token is drawn from it.
-        finite_tokens = np.isfinite(hidden.float().numpy()).all(axis=-1).tolist()
+        hidden = logits = token_ids = None
+        if len(batch.sample_rows) == len(plan.requests) == len(batch.token_ids):
+            # A row whose position is not finite has no finite logits either.
+            logits = self.model.finish_logits(self._decode(batch.token_ids, attention))
+            finite = [True] * len(plan.requests)
+        else:
+            hidden = self._forward(batch.token_ids, attention)
+            # A position that is not finite has poisoned K and V behind it, whether or not a token is drawn from it.
+            finite_tokens = np.isfinite(hidden.float().numpy()).all(axis=-1).tolist()
+            finite = [
+                all(finite_tokens[last + 1 - planned.num_new_tokens : last + 1])
+                for planned, last in zip(plan.requests, batch.last_tokens, strict=True)
+            ]
+            if batch.sampling is not None:
+                logits = self.model.logits(hidden[batch.sample_rows])
         tokens: list[int] = []
         finite_rows: list[bool] = []
-        logits = token_ids = None
-        if batch.sampling is not None:
-            rows = hidden if len(batch.sample_rows) == hidden.shape[0] else hidden[batch.sample_rows]
-            logits = self.model.logits(rows)
+        if logits is not None and batch.sampling is not None:
             sampled = self.ops.sample(logits, batch.sampling)
             token_ids, tokens = sampled.token_ids, sampled.token_ids.tolist()
             finite_rows = sampled.finite.tolist()
         asked = launch_details(
             plan, batch.sampling, model=self.model, ops=self.ops, hidden=hidden, logits=logits, token_ids=token_ids
         )
-        finite = [
-            all(finite_tokens[last + 1 - planned.num_new_tokens : last + 1])
-            for planned, last in zip(plan.requests, batch.last_tokens, strict=True)
-        ]
         result = step_result(plan, finite, tokens, finite_rows)
         if asked is not None:
             add_details(result, asked.read(tokens))

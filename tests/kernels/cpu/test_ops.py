@@ -3,6 +3,7 @@ threads."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -66,6 +67,17 @@ def test_linear(rows: int, n: int, k: int, mode: QuantizationMode) -> None:
                 return ops.linear(x, ops.prepare_linear(stored, bias, mode))
 
             close(same(compute), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_not_finite_shows_in_its_row(mode: QuantizationMode, bad: float) -> None:
+    """In decode the engine looks at the logits alone (server/engine/runner.py)."""
+    x, weight = torch.randn(3, 50), torch.randn(33, 50).bfloat16()
+    x[1, 7] = bad
+    y = same(lambda ops: ops.linear(x, ops.prepare_linear(weight, None, mode)))
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("mode", MODES)

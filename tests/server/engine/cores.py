@@ -62,6 +62,7 @@ def make_core(model: DecoderModel, **settings: Any) -> EngineCore:
         config.eos_token_ids,
         torch.bfloat16,
         max_tokens=config.max_tokens_per_step,
+        max_running=config.max_running,
     )
     return EngineCore(runner, Scheduler(config))
 

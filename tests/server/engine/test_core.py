@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -42,20 +43,23 @@ def requests(count: int, seed: int = 0, max_new_tokens: int = 12) -> list[Reques
 @contextmanager
 def poisoned(core: Any, poison: str) -> Iterator[None]:
     """While inside, a forward pass that sees the token POISON raises, or makes that token's row NaN."""
-    runner, forward = core._runner, core._runner._forward
+    runner = core._runner
+    whole = {name: getattr(runner, name) for name in ("_forward", "_decode")}
 
-    def poisoned_forward(token_ids: Tensor, plan: Any) -> Tensor:
-        hidden: Tensor = forward(token_ids, plan)
+    def poisoned_part(name: str, token_ids: Tensor, plan: Any) -> Tensor:
+        rows: Tensor = whole[name](token_ids, plan)
         if poison in RAISED and (token_ids == POISON).any():
             raise RAISED[poison]
         bad = torch.where(token_ids == POISON, torch.nan, 0.0)[:, None]
-        return hidden + bad.to(hidden.dtype)
+        return rows + bad.to(rows.dtype)
 
-    runner._forward = poisoned_forward
+    for name in whole:
+        setattr(runner, name, partial(poisoned_part, name))
     try:
         yield
     finally:
-        runner._forward = forward
+        for name, part in whole.items():
+            setattr(runner, name, part)
 
 
 def alone(request: Request) -> list[int]:
@@ -80,6 +84,21 @@ def test_a_poisonous_request_ends_with_error_and_harms_nobody(poison: str) -> No
             assert last.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
             assert tokens_of(outputs[request.request_id]) == alone(request)
     assert core.scheduler.pool.num_used == 0
+
+
+def test_poison_in_decode_ends_that_request_alone() -> None:
+    core = make_core(tiny_model())
+    batch = requests(3, seed=2)
+    for request in batch:
+        core.add(request)
+    while not all(request.output_token_ids for request in batch):
+        core.step()
+    batch[1].output_token_ids[-1] = POISON  # what the next step computes
+    with poisoned(core, "nan"):
+        outcomes = core.step()
+    told = {output.request.request_id: output for outcome in outcomes for output in outcome.outputs}
+    assert (told[1].finish_reason, told[1].error) == (FinishReason.ERROR, NOT_FINITE)
+    assert [told[i].error for i in (0, 2)] == [None, None]
 
 
 def test_what_a_poisonous_request_computed_is_not_found_again() -> None:
