@@ -28,7 +28,7 @@ warm() { # NAME COMMAND…: within the first part's time
 }
 # Other versions of the packages warn of other things than those that the tests were written with.
 warm tests python3 -m pytest -q -n 7 -o addopts= -o filterwarnings=default --timeout $((side_by_side - 10)) --tb=short \
-  tests/kernels/cuda tests/kernels/test_experts.py tests/models/test_cuda_backend.py \
+  tests/kernels/cuda --ignore tests/kernels/cuda/test_compiled.py tests/kernels/test_experts.py tests/models/test_cuda_backend.py \
   tests/server/engine/test_cuda_runner.py tests/server/engine/test_invariance.py
 seconds=$((side_by_side - 30))
 for op in decode prefill "linear none" "linear w8a16" "linear w8a8"; do
