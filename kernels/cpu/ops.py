@@ -35,7 +35,7 @@ from kernels.cpu.linear import CpuLinear
 from kernels.cpu.native import SCRATCH_FLOATS, Team
 from kernels.cpu.plan import CpuPlan, make_plan
 from kernels.cpu.program import Program, Recording, computing_is_an_error
-from kernels.cpu.sampling import sample, token_weights
+from kernels.cpu.sampling import Sampler, token_weights
 from kernels.ops import (
     Activations,
     AttentionMetadata,
@@ -52,7 +52,6 @@ from kernels.ops import (
     SampleResult,
     SamplingMetadata,
 )
-from kernels.portable.workspace import Workspace
 from kernels.sampling import Float32Array, Int64Array, log_probabilities, with_pending
 
 _PART_ROWS = 24  # of csrc/attention.h
@@ -84,7 +83,7 @@ class CpuOps:
         self.team = Team(threads or torch.get_num_threads(), kernels)
         self._row_dtype = torch.int8 if self.team.group_of == 4 else torch.int16
         self._recording: Recording | None = None
-        self._workspace = Workspace()
+        self._sampler = Sampler(self.team, self.fallbacks)
 
     def prepare_linear(
         self,
@@ -433,7 +432,7 @@ class CpuOps:
         """logits [R, V] -> one token a row, the same that `kernels.sampling` picks."""
         if logits.dim() != 2:
             raise ValueError(f"logits must be [R, V], got {tuple(logits.shape)}")
-        return sample(self.team, _floats(logits), with_pending(metadata, pending), self._workspace, self.fallbacks)
+        return self._sampler(_floats(logits), with_pending(metadata, pending))
 
     def log_probabilities(self, logits: Tensor, token_ids: Tensor, count: int) -> LogProbabilities:
         """logits [R, V], token_ids int64 [R] -> log-probabilities, before any filter."""

@@ -8,6 +8,7 @@ Python's part of a step does not grow with the number of layers. The same though
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +63,7 @@ class Program:
         self._commands = (Command * self._count)(*recording.commands)
         self._token_ids = token_ids
         self._result = result.as_strided((recording.max_tokens, *result.shape[1:]), result.stride())
+        self._rows = self._result
 
     def __call__(self, token_ids: Tensor, plan: CpuPlan) -> Tensor:
         """token_ids int64 [T] -> what the recorded forward pass returns for them, [T, ...]. Raises ValueError if there
@@ -76,9 +78,13 @@ class Program:
             raise ValueError(f"rotary has {limits.max_positions} positions; a sequence has {plan.longest} tokens")
         if limits.num_blocks is not None and plan.largest_block >= limits.num_blocks:
             raise ValueError(f"plan uses block {plan.largest_block}, kv_cache has {limits.num_blocks} blocks")
-        self._token_ids[:tokens] = token_ids
+        given = token_ids.to(torch.int64).contiguous()
+        # Not by an operator of torch: the first after the weights have passed through the caches is slow.
+        ctypes.memmove(self._token_ids.data_ptr(), given.data_ptr(), given.nbytes)
         self._team.run(self._commands, self._count, plan.struct)
-        return self._result[:tokens]
+        if len(self._rows) != tokens:
+            self._rows = self._result[:tokens]
+        return self._rows
 
 
 # Operators that only look at a tensor in another way, and the making of buffers.

@@ -37,7 +37,7 @@ class Batch:
     inflight: list[tuple[int, int]]
 
 
-def build_batch(plan: StepPlan, block_size: int, eos_token_ids: Sequence[int]) -> Batch:
+def build_batch(plan: StepPlan, block_size: int, sampling: SamplingBuilder) -> Batch:
     """Lay the planned requests out back to back, in plan order."""
     token_ids: list[int] = []
     query_lens: list[int] = []
@@ -64,7 +64,7 @@ def build_batch(plan: StepPlan, block_size: int, eos_token_ids: Sequence[int]) -
         attention=AttentionMetadata(query_lens, seq_lens, block_tables, block_size),
         last_tokens=last_tokens,
         sample_rows=sample_rows,
-        sampling=build_sampling(sampled, eos_token_ids) if sampled else None,
+        sampling=sampling.build(sampled) if sampled else None,
         inflight=inflight,
     )
 

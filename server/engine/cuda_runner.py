@@ -64,7 +64,6 @@ class CudaRunner:
         self._max_running = max_running
         self._max_model_len = max_model_len
         self._max_tokens = max_tokens_per_step
-        self._eos_token_ids = tuple(eos_token_ids)
         self._on_gpu = ops.device.type == "cuda"
         max_rows = self.buckets[-1]
         with torch.inference_mode():
@@ -146,7 +145,7 @@ class CudaRunner:
 
     def _launch_mixed(self, plan: StepPlan) -> CudaStep:
         upload = self.ops.upload
-        batch = build_batch(plan, self._block_size, self._eos_token_ids)
+        batch = build_batch(plan, self._block_size, self._sampling)
         token_ids = upload.put(batch.token_ids.numpy())
         if batch.inflight:
             sources = np.full(batch.token_ids.shape, -1, dtype=np.int32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.ops import AttentionPlan, KVCache, Ops
 from models.layers import DecoderModel
-from server.engine.batch import build_batch
+from server.engine.batch import SamplingBuilder, build_batch
 from server.engine.details import launch_details
 from server.engine.plan import StepPlan, StepResult, add_details, step_result
 
@@ -50,7 +50,7 @@ class Runner:
         self.model = model
         self.ops = ops
         self._block_size = block_size
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._sampling = SamplingBuilder(eos_token_ids)
         specs = model.kv_cache_specs(block_size, kv_dtype or ops.dtype)
         self.kv_caches: list[KVCache] = [ops.allocate_kv_cache(spec, num_blocks) for spec in specs]
 
@@ -72,7 +72,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's positions, and draw a token for each request that samples."""
-        batch = build_batch(plan, self._block_size, self._eos_token_ids)
+        batch = build_batch(plan, self._block_size, self._sampling)
         attention = self.ops.plan(batch.attention)
         hidden = logits = token_ids = None
         if len(batch.sample_rows) == len(plan.requests) == len(batch.token_ids):

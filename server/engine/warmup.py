@@ -13,7 +13,7 @@ from server.engine.request import Request, SamplingParams
 # How long a step with running streams may take on account of a prompt beside them, as a multiple of a decode step and
 # at least this many seconds: short enough not to be seen in a stream, long enough not to waste a step's fixed cost.
 MIXED_STEP_DECODE_STEPS = 2.0
-MIXED_STEP_MIN_SECONDS = 0.020
+MIXED_STEP_MIN_SECONDS = 0.012
 
 # How many tokens of a prompt are timed at its beginning and far along: about as many as there are beside streams.
 CHUNK = 16

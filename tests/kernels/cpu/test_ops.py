@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -275,3 +276,27 @@ def test_logits_that_the_temperature_takes_below_all_numbers_weigh_nothing() -> 
         result = ops.sample(logits, metadata)
         assert result.finite.all()
         assert result.token_ids.tolist() == [0, 0]
+
+
+def test_what_is_kept_of_a_draw_serves_the_same_parameters_alone() -> None:
+    ops, logits = CpuOps(2), torch.randn(6, 300)
+    first = sampling(6, temperatures=[0.8] * 6, top_ks=[20] * 6, top_ps=[0.9] * 6)
+    draws = [
+        (logits, first),
+        (logits, replace(first, positions=[7] * 6)),
+        (logits, replace(first, seeds=[9] * 6)),
+        (logits, replace(first, temperatures=[0.0] * 6)),
+        (logits, replace(first, top_ks=[1, 2, 3, 4, 5, 6])),
+        (logits, replace(first, biases=[(2, 5, 50.0)])),
+        (logits[:, :200], first),
+        (logits * 3, first),
+    ]
+    for values, metadata in [*draws, *reversed(draws)]:
+        expected = CpuOps(1).sample(values.contiguous(), metadata).token_ids
+        assert torch.equal(ops.sample(values.contiguous(), metadata).token_ids, expected)
+    with pytest.raises(ValueError, match=r"positions holds -1"):
+        ops.sample(logits * 3, replace(first, positions=[0, 0, -1, 0, 0, 0]))
+    with pytest.raises(ValueError, match=r"positions has 5 entries"):
+        ops.sample(logits * 3, replace(first, positions=[0] * 5))
+    with pytest.raises(ValueError, match=r"has 6 entries for 4 rows"):
+        ops.sample(logits[:4] * 3, first)

@@ -16,10 +16,11 @@ def warm_up(
 
 def test_what_it_measures() -> None:
     figures = warm_up(0.010, 0.400, 0.030, 0.045, 2000)
-    assert figures.mixed_step_tokens == 12  # 20 ms at 640 tokens a second
+    assert figures.mixed_step_tokens == 12  # two decode steps, 20 ms, at 640 tokens a second
     assert figures.attention_span == 4000
     assert figures.step_times == StepTimes(10_000_000 - 4_285_714, 4_285_714, 1_562_500)
-    assert warm_up(0.1, 0.4).mixed_step_tokens == 128  # two decode steps
+    assert warm_up(0.001, 0.400).mixed_step_tokens == 7  # 12 ms
+    assert warm_up(0.1, 0.4).mixed_step_tokens == 128
     assert warm_up(0.001, 400.0).mixed_step_tokens == 1
 
 
