@@ -2,11 +2,12 @@
 
     python -m loadtests.engine_bench [--models ...] [--batches ...] [--seconds 450] [--smoke] [--save NAME]
 
-Needs torch, triton, numpy, tokenizers, safetensors, msgspec and transformers, and neither the server's other packages
-nor a network: the models have random weights in the shapes of known ones, made on the device. For each model the same
-weights go to `transformers` and to the engine. Before anything is timed, the engine's first tokens must be (nearly) the
-most likely ones by the logits of `transformers`, and a request in a batch must draw what it draws alone. A part that
-would begin after `--seconds`, or that does not fit into the memory, is left out and said so.
+Needs torch, triton, numpy, tokenizers, safetensors, msgspec, llguidance and transformers, and neither the server's
+other packages nor a network: the models have random weights in the shapes of known ones, made on the device. For
+each model the same weights go to `transformers` and to the engine. Before anything is timed, the engine's first
+tokens must be (nearly) the most likely ones by the logits of `transformers`, and a request in a batch must draw
+what it draws alone. A part that would begin after `--seconds`, or that does not fit into the memory, is left out
+and said so.
 
 The roofline of a decode step is what it must read (all weights but the embedding table, and the K and V of its
 sequences) over the bandwidth of a copy measured in the same run.

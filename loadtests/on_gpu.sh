@@ -2,7 +2,7 @@
 # Everything that only a GPU can show, in one call: bash loadtests/on_gpu.sh OUT [SECONDS]
 #
 # The machine needs python3 with the packages of loadtests/gpu_bench.py, pytest, pytest-xdist, pytest-timeout and
-# hypothesis; fastapi, pydantic and uvicorn too for the part that serves. First, side by side: the kernels' tests on the
+# hypothesis; fastapi, pydantic, uvicorn and prometheus-client too, for the part that serves. First, side by side: the kernels' tests on the
 # device, the start of the server with the embedded model, and each measurement once with tiny effort, which compiles its
 # kernels. Then, one after the other with the device to itself: the operators, a profile of decode steps, the engine. A part
 # that fails or takes too long costs only itself. About SECONDS (420) in all; logs in OUT.
